@@ -1,0 +1,82 @@
+"""A scripted searcher for the demo's world: it knows each question's decomposition and asks a real engine.
+
+The embedded model is too small to be prompted into an agent, so the demo's first trajectories are written by this
+script; for larger models `evaluate.py run --method agent` takes its place. The file has the same format: each
+line is a question with its turns. Documents from deeper ranks are kept too: `sft_simulator.py label` finds the noisy
+twin of a query among them.
+
+    python data/scripted.py --split train --limit 800 --out runs/demo/trajectories
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sft_simulator import (  # noqa: E402
+    ROOT,
+    BM25Engine,
+    Overwrite,
+    SearchRequest,
+    UserError,
+    console,
+    contains_answer,
+    open_run,
+    read_jsonl,
+    read_questions,
+    run_cli,
+    write_jsonl,
+)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+DEPTH = 20  # ranks kept: enough to find documents on the topic that lack the answer
+
+
+def search_turn(query: str, target: list[str], documents: list[str], found: str | None) -> dict[str, Any]:
+    """One turn that searches. `found` is what the turn before brought."""
+    thought = f"It is {found}." if found else "I need to search."
+    text = f"<think> {thought} </think>\n<search> {query} </search>"
+    return {"text": text, "action": "search", "query": query, "target": target, "documents": documents}
+
+
+def answer_turn(answer: str) -> dict[str, Any]:
+    return {"text": f"<think> It is {answer}. </think>\n<answer> {answer} </answer>", "action": "answer"}
+
+
+def play(question: dict[str, Any], steps: list[dict[str, Any]], engine: BM25Engine, top_k: int) -> dict[str, Any] | None:
+    """The trajectory of one question, or None where the engine's first `top_k` documents lack a step's answer."""
+    results = engine.search([SearchRequest(step["query"]) for step in steps])
+    turns, found = [], None
+    for step, result in zip(steps, results, strict=True):
+        if not contains_answer("\n".join(result.documents[:top_k]), step["golden_answers"]):
+            return None
+        turns.append(search_turn(step["query"], step["golden_answers"], result.documents, found))
+        found = step["golden_answers"][0]
+    return question | {"answer": found, "turns": [*turns, answer_turn(found)]}
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Run folder; the trajectories go to OUT/predictions.jsonl.")],
+    split: Annotated[Literal["train", "dev"], typer.Option(help="Which questions.")] = "train",
+    limit: Annotated[int, typer.Option(help="How many questions, from the start of the (shuffled) file.")] = 800,
+    top_k: Annotated[int, typer.Option(help="Documents that the searcher reads.")] = 3,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write trajectories that search, read and answer rightly."""
+    world = ROOT / "data" / "world"
+    open_run(out, locals(), overwrite)
+    steps = {row["id"]: row["steps"] for row in read_jsonl(world / "decompositions.jsonl", ("id", "steps"))}
+    engine = BM25Engine(world / "passages.jsonl", DEPTH)
+    questions = read_questions(world / f"{split}.jsonl")[:limit]
+    records = [record for q in questions if (record := play(q, steps[q["id"]], engine, top_k))]
+    if not records:
+        raise UserError(f"no question of {split} could be answered with {top_k} documents a search")
+    write_jsonl(out / "predictions.jsonl", records)
+    console.print(f"{out / 'predictions.jsonl'}: {len(records)} trajectories of {len(questions)} questions")
+
+
+if __name__ == "__main__":
+    run_cli(app)

