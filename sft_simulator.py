@@ -864,10 +864,11 @@ def train(
 ) -> None:
     """Fine-tune a model into a search engine whose quality is switched by its prompt."""
     examples = read_pairs(pairs)
-    open_run(out, locals() | {"examples": len(examples)}, overwrite)
-    transformers.set_seed(seed)
+    settings = locals() | {"examples": len(examples)}
     wording = load_prompts(prompts)["simulator"]
     tokenizer, lm = load_tokenizer(model), load_model(model)
+    open_run(out, settings, overwrite)
+    transformers.set_seed(seed)
     sequences = []
     for pair in examples:
         prompt = simulator_prompt(tokenizer, wording, pair_request(pair), len(pair.documents), words)

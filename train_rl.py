@@ -524,7 +524,6 @@ def update(trainer: Trainer, s: SimpleNamespace, episodes: list[Episode], clock:
     scored = max(trainer.total(first["scored"]), 1.0)
     metrics = {
         "loss/policy": trainer.total(sums["policy"]) / tokens,
-        "loss/kl": trainer.total(sums["kl"]) / scored if trainer.reference is not None else None,
         "loss/entropy": trainer.total(first["entropy"]) / scored,
         "loss/clip_fraction": trainer.total(sums["clipped"]) / scored,
         "loss/logprob_gap": trainer.total(first["gap"]) / scored,
@@ -532,6 +531,8 @@ def update(trainer: Trainer, s: SimpleNamespace, episodes: list[Episode], clock:
         "loss/advantage_std": math.sqrt(trainer.total(((advantages - mean) ** 2).sum()) / tokens),
         "tokens/trained": scored,
     }
+    if trainer.reference is not None:
+        metrics["loss/kl"] = trainer.total(first["kl"]) / scored
     if trainer.critic is not None:
         returns, values = torch.cat(targets.returns), torch.cat(targets.values)
         metrics["loss/value"] = trainer.total(first["value"]) / tokens
@@ -680,9 +681,10 @@ def warmup(
     Not part of the paper: its models follow the template when asked to. The embedded one does not (0 of 64)."""
     records = read_jsonl(trajectories, required=("id", "question", "golden_answers", "turns"))[:limit]
     check_top_k(top_k)
-    open_run(out, locals() | {"records": len(records)}, overwrite)
-    transformers.set_seed(seed)
+    settings = locals() | {"records": len(records)}
     wording, tokenizer, lm = load_prompts(prompts), load_tokenizer(model), load_model(model)
+    open_run(out, settings, overwrite)
+    transformers.set_seed(seed)
     sequences = [replay(record, tokenizer, wording, top_k) for record in records]
     console.print(f"{len(sequences)} trajectories, {sum(len(s.ids) for s in sequences):,} tokens, "
                   f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
@@ -812,11 +814,11 @@ def train(
     if prompts_per_step % accelerator.num_processes:
         raise UserError(f"--prompts-per-step {prompts_per_step} can't be divided over {accelerator.num_processes} processes")
     start = find_checkpoint(out, vars(s)) if resume else None
+    tokenizer, wording = load_tokenizer(model), load_prompts(prompts)
     if start is None and accelerator.is_main_process:
         open_run(out, vars(s), overwrite)
     transformers.set_seed(seed)
 
-    tokenizer, wording = load_tokenizer(model), load_prompts(prompts)
     generator = load_generator(model, device=accelerator.device)
     trainer = make_trainer(accelerator, s)
     searcher = make_engine(s, wording, accelerator.device)

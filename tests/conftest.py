@@ -1,0 +1,84 @@
+"""Shared by the tests: a tiny random model behind the real interface, and the real commands as subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer():
+    """One token a byte, three special tokens, a chat template: small enough to read any id by eye."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(specials + letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(vocabulary: int, seed: int = 0, **sizes):
+    """A random Llama with grouped heads: the architecture of the embedded model, 20,000 times smaller."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.2} | sizes  # fmt: skip
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, eos_token_id=2, **sizes))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tokenizer) -> Path:
+    """Folder of a tiny random model, for `--model`."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    make_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Run one of the kit's scripts as a user would; returns the finished process."""
+
+    def run(script: str, *args: object, cwd: Path = ROOT, check: bool = True, **env: str):
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | env
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Write rows to a JSONL file in this test's folder."""
+
+    def write(name: str, rows: list[dict]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write

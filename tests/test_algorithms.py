@@ -1,0 +1,266 @@
+"""The mathematics of chapter 2 against independent references: hand-worked numbers, slow loops, other libraries."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import sft_simulator as sim
+import train_rl as rl
+
+# ---------------------------------------------------------------- advantages
+
+
+def test_reinforce_by_hand():
+    rewards = tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    assert torch.equal(rl.reinforce_advantages(rewards, "none"), rewards)
+    assert torch.allclose(rl.reinforce_advantages(rewards, "batch"), rewards - 0.25)
+    expected = tensor([[1 - 0.25, 0 - 0.75, 0.5 - 0.5], [0.0, 0.0, 0.0]])
+    assert torch.allclose(rl.reinforce_advantages(rewards, "leave-one-out"), expected)
+
+
+def test_grpo_by_hand():
+    rewards = tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
+    deviation = math.sqrt(4 * 0.25 / 3)
+    scaled = rl.grpo_advantages(rewards, scale=True)
+    assert torch.allclose(scaled[0], tensor([1.0, -1, -1, 1], dtype=torch.float64) * 0.5 / (deviation + 1e-6))
+    assert torch.equal(scaled[1], torch.zeros(4, dtype=torch.float64))
+    assert torch.equal(rl.grpo_advantages(rewards, scale=False)[0], tensor([0.5, -0.5, -0.5, 0.5], dtype=torch.float64))
+
+
+def test_gae_by_hand():
+    """Two tokens, then padding: gamma 0.5, lambda 0.5."""
+    rewards, values, mask = tensor([[0.0, 1.0, 9.0]]), tensor([[0.2, 0.4, 9.0]]), tensor([[1.0, 1.0, 0.0]])
+    advantages, returns = rl.gae(rewards, values, mask, 0.5, 0.5)
+    last = 1 - 0.4
+    first = (0 + 0.5 * 0.4 - 0.2) + 0.25 * last
+    assert torch.allclose(advantages, tensor([[first, last, 0.0]]))
+    assert torch.allclose(returns, tensor([[first + 0.2, 1.0, 0.0]]))
+
+
+def ragged(generator, count=7, longest=9):
+    """Random lengths (a one-token episode among them), packed to the left: mask (B, L) in float64."""
+    lengths = [1] + torch.randint(1, longest + 1, (count - 1,), generator=generator).tolist()
+    return lengths, tensor([[float(t < n) for t in range(max(lengths))] for n in lengths], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gae_and_token_rewards_equal_slow_loops(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths, mask = ragged(generator)
+    final = torch.rand(len(lengths), generator=generator, dtype=torch.float64)
+    kl, values = (torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    gamma, lam, coef = 0.9, 0.8, 0.3
+    rewards = rl.token_rewards(final, kl, mask, coef)
+    advantages, returns = rl.gae(rewards, values, mask, gamma, lam)
+    discounted = rl.discounted_returns(rewards, mask, gamma)
+    for b, n in enumerate(lengths):
+        r = [-coef * kl[b, t].item() + (final[b].item() if t == n - 1 else 0.0) for t in range(n)]
+        v = values[b].tolist()
+        assert rewards[b, :n].tolist() == pytest.approx(r, abs=1e-12)
+        for t in range(n):
+            deltas = [r[u] + (gamma * v[u + 1] if u + 1 < n else 0.0) - v[u] for u in range(t, n)]
+            slow = sum((gamma * lam) ** i * d for i, d in enumerate(deltas))
+            assert advantages[b, t].item() == pytest.approx(slow, abs=1e-6)
+            assert returns[b, t].item() == pytest.approx(slow + v[t], abs=1e-6)
+            assert discounted[b, t].item() == pytest.approx(sum(gamma**i * x for i, x in enumerate(r[t:])), abs=1e-6)
+        assert not advantages[b, n:].any() and not rewards[b, n:].any()
+
+
+def test_whitening_is_over_policy_tokens():
+    generator = torch.Generator().manual_seed(0)
+    lengths, mask = ragged(generator)
+    values = torch.randn(mask.shape, generator=generator, dtype=torch.float64) * 3 + 5
+    trainer = rl.Trainer(Accelerator(cpu=True), None, None)
+    white = rl.whiten(values, *rl.global_moments(trainer, values, mask), mask)[mask.bool()]
+    assert white.mean().item() == pytest.approx(0, abs=1e-6) and white.std().item() == pytest.approx(1, abs=1e-6)
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_policy_loss_by_hand():
+    old = tensor([-1.0, -1.0, -1.0, -1.0]).log_softmax(0)
+    ratio = tensor([1.5, 1.5, 0.5, 0.5])
+    loss, clipped = rl.policy_loss(old + ratio.log(), old, tensor([1.0, -1.0, 1.0, -1.0]), 0.2, 0.3, tensor([1.0, 1, 1, 2]))
+    assert torch.allclose(loss, tensor([-1.3, 1.5, -0.5, 2 * 0.8]))
+    assert clipped.tolist() == [True, False, False, True]
+
+
+def test_policy_gradient_at_ratio_one_is_reinforces():
+    logprobs = tensor([-0.3, -2.0], dtype=torch.float64, requires_grad=True)
+    advantages = tensor([0.7, -1.1], dtype=torch.float64)
+    loss, _ = rl.policy_loss(logprobs, logprobs.detach(), advantages, 0.2, 0.2, torch.ones(2))
+    loss.sum().backward()
+    assert torch.allclose(logprobs.grad, -advantages)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_equal_slow_loops(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lp, old, ref, adv, val, oldval, ret = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(7))
+    weights = rl.importance_weights(old, ref, 2.0)
+    loss, clipped = rl.policy_loss(lp, old, adv, 0.1, 0.3, weights)
+    kl, value = rl.kl_k3(lp, ref), rl.value_loss(val, oldval, ret, 0.2)
+    for i in range(50):
+        ratio = math.exp(lp[i] - old[i])
+        w = min(math.exp(old[i] - ref[i]), 2.0)
+        a, b = ratio * adv[i].item(), min(max(ratio, 0.9), 1.3) * adv[i].item()
+        assert loss[i].item() == pytest.approx(-w * min(a, b), abs=1e-6) and clipped[i].item() == (b < a)
+        d = ref[i].item() - lp[i].item()
+        assert kl[i].item() == pytest.approx(math.exp(d) - d - 1, abs=1e-6)
+        v = oldval[i].item() + min(max(val[i].item() - oldval[i].item(), -0.2), 0.2)
+        slow = 0.5 * max((val[i].item() - ret[i].item()) ** 2, (v - ret[i].item()) ** 2)
+        assert value[i].item() == pytest.approx(slow, abs=1e-6)
+
+
+def test_k3_estimates_the_kl():
+    """Its mean over samples of the policy is KL(policy || reference), and no sample is negative."""
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = (torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    estimate = (policy.exp() * rl.kl_k3(policy, reference)).sum()
+    assert torch.allclose(estimate, (policy.exp() * (policy - reference)).sum())
+    assert (rl.kl_k3(policy, reference) >= 0).all()
+
+
+# ---------------------------------------------------------------- the step's gradient
+
+
+class GradientKeeper(torch.optim.SGD):
+    """An optimizer that keeps the gradient instead of following it."""
+
+    def step(self, closure=None):
+        self.kept = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
+
+
+def settings(**changes):
+    values = dict(algorithm="grpo", rollouts=2, scale_rewards=True, baseline="leave-one-out", epochs=1, batch_tokens=10**6,
+                  temperature=1.0, kl_coef=0.0, clip_low=0.2, clip_high=0.2, importance_cap=2.0, mask_documents=True,
+                  gamma=0.95, gae_lambda=0.9, value_clip=0.5)  # fmt: skip
+    return SimpleNamespace(**values | changes)
+
+
+def saved_episodes(seed=0, count=4, documents=None):
+    """Ragged episodes of two turns with a document between them, in groups of two."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        return torch.randint(3, 250, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator).tolist()
+
+    episodes = []
+    for i in range(count):
+        e = rl.Episode(f"q{i // 2}", "?", ["x"], sample=i % 2)
+        e.read(tokens(3, 9))
+        e.prompt_tokens = len(e.ids)
+        e.write(first := tokens(1, 6), [-5.5] * len(first))
+        document = tokens(4, 12)
+        e.read(document if documents is None else documents[: len(document)])
+        e.write(last := tokens(1, 5), [-5.5] * len(last))
+        e.reward = [1.0, 0.25, 0.0, 0.5][i % 4]
+        episodes.append(e)
+    return episodes
+
+
+def exact_model(seed, dtype=torch.float64):
+    """A tiny GPT-2: unlike Llama's, its code casts nothing to float32 on the way, so that float64 is float64."""
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager")  # fmt: skip
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def gradient(episodes, dtype=torch.float64, **changes):
+    """The gradient and metrics of one update of a tiny policy, in eager attention, without autocast."""
+    s = settings(**changes)
+    scorer = rl.TokenScorer(exact_model(3, dtype))
+    trainer = rl.Trainer(Accelerator(cpu=True), scorer, GradientKeeper(scorer.parameters(), lr=0.0))
+    if s.kl_coef:
+        trainer.reference = rl.TokenScorer(exact_model(4, dtype)).requires_grad_(False)
+    if s.algorithm == "ppo":
+        trainer.critic = rl.Critic(exact_model(5, dtype)).to(dtype)
+        torch.nn.init.normal_(trainer.critic.head.weight, std=0.3)
+        trainer.critic_optimizer = GradientKeeper(trainer.critic.parameters(), lr=0.0)
+    metrics = rl.update(trainer, s, episodes, rl.PhaseClock())
+    return trainer.optimizer.kept, metrics
+
+
+ALGORITHMS = [dict(algorithm="grpo"), dict(algorithm="grpo", kl_coef=0.1), dict(algorithm="reinforce", baseline="none"),
+              dict(algorithm="reinforce++", kl_coef=0.1), dict(algorithm="ppo", kl_coef=0.1),
+              dict(algorithm="grpo", mask_documents=False, kl_coef=0.1)]  # fmt: skip
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("changes", ALGORITHMS, ids=str)
+@pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_gradient_is_the_same_however_the_batch_is_cut(changes, dtype, bound):
+    """Micro-batches of one, of about three, of all; long and short side by side; the order of the groups."""
+    torch.manual_seed(0)
+    episodes = saved_episodes()
+    whole, metrics = gradient(episodes, dtype, **changes)
+    assert whole.norm() > 1e-3
+    for budget in (1, 3 * max(len(e.ids) for e in episodes)):
+        torch.manual_seed(0)
+        cut, other = gradient(episodes, dtype, batch_tokens=budget, **changes)
+        assert relative(cut, whole) <= bound
+        assert other == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    torch.manual_seed(0)
+    turned, _ = gradient(episodes[2:] + episodes[:2], dtype, **changes)
+    assert relative(turned, whole) <= bound
+
+
+def test_every_policy_token_weighs_the_same():
+    """The gradient of the batch is the token-weighted mean of its episodes' gradients, computed one at a time by hand."""
+    episodes = saved_episodes()
+    whole, _ = gradient(episodes)
+    rewards = tensor([e.reward for e in episodes], dtype=torch.float64).view(2, 2)
+    advantages = rl.grpo_advantages(rewards, True).flatten()
+    model = exact_model(3)
+    loss = 0.0
+    for e, a in zip(episodes, advantages):
+        logprobs = model(tensor([e.ids])).logits[0].log_softmax(-1)
+        for t in range(1, len(e.ids)):
+            if e.mask[t]:
+                lp = logprobs[t - 1, e.ids[t]]
+                loss = loss - a * lp * min(math.exp(lp.item() - e.logprobs[t]), 2.0)
+    (loss / sum(sum(e.mask) for e in episodes)).backward()
+    slow = torch.cat([p.grad.flatten() for p in model.parameters()])
+    slow = slow / max(1.0, slow.norm().item())  # the update clips the norm at 1
+    assert relative(whole, slow) < 1e-6
+
+
+def test_groups_without_variance_are_skipped_and_change_nothing():
+    episodes = saved_episodes()
+    for e in episodes[2:]:
+        e.reward = 0.5
+    seen = []
+    original = rl.train_epoch
+    try:
+        rl.train_epoch = lambda *args: seen.append(args[4]) or original(*args)
+        gradient(episodes)
+        gradient(episodes, kl_coef=0.1)
+    finally:
+        rl.train_epoch = original
+    assert seen == [[0, 1], [0, 1, 2, 3]]  # with a KL in the loss they do carry a gradient
+
+
+def test_a_document_changes_no_gradient_that_does_not_depend_on_it():
+    """With the second turn unrewarded by masking, nothing before the document may notice what it says."""
+    def first_turn_only(episodes):
+        for e in episodes:
+            last = max(i for i, m in enumerate(e.mask) if not m)
+            del e.ids[last + 1 :], e.mask[last + 1 :], e.logprobs[last + 1 :]
+        return episodes
+
+    a, _ = gradient(first_turn_only(saved_episodes()))
+    b, _ = gradient(first_turn_only(saved_episodes(documents=[7] * 20)))
+    assert torch.equal(a, b)
+    c, _ = gradient(saved_episodes())
+    d, _ = gradient(saved_episodes(documents=[7] * 20))
+    assert relative(c, d) > 1e-3  # and what comes after it does
