@@ -16,8 +16,8 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 # The budget of the demo, in one place; demo-quick overrides it.
-TRAJECTORIES = 1000
-PAIRS = 900
+TRAJECTORIES = 1200
+PAIRS = 1000
 PROBES = 240
 WARMUP = 160
 STEPS = 10
@@ -25,7 +25,7 @@ PROMPTS = 8
 ROLLOUTS = 8
 QUESTIONS = 300
 
-LIMITS = --top-k 3 --max-searches 4 --tokens-per-turn 64 --context-tokens 1024 --observation-tokens 200
+LIMITS = --top-k 2 --max-searches 4 --tokens-per-turn 64 --context-tokens 1024 --observation-tokens 200
 WORLD = data/world
 
 # $(call stage,name,command): run a stage, print and keep its seconds.
@@ -45,20 +45,20 @@ demo-quick: install
 stages:
 	@mkdir -p $(DEMO); rm -f $(DEMO)/seconds.txt
 	$(call stage,world,$(PY) data/world.py build)
-	$(call stage,trajectories,$(PY) data/scripted.py --limit $(TRAJECTORIES) --out $(DEMO)/trajectories --overwrite && \
-		$(PY) data/scripted.py --split dev --limit $(PROBES) --out $(DEMO)/trajectories-dev --overwrite && \
-		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
-		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
+	$(call stage,trajectories,$(PY) data/scripted.py --top-k 2 --limit $(TRAJECTORIES) --out $(DEMO)/trajectories --overwrite && \
+		$(PY) data/scripted.py --top-k 2 --split dev --limit $(PROBES) --out $(DEMO)/trajectories-dev --overwrite && \
+		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl --top-k 2 --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
+		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl --top-k 2 --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
 	$(call stage,simulator,$(PY) sft_simulator.py train $(DEMO)/pairs.jsonl --out $(DEMO)/simulator --lr 3e-4 \
-		--batch-size 4 --words 20 --seed $(SEED) --overwrite)
+		--batch-size 4 --batch-tokens 1024 --words 20 --seed $(SEED) --overwrite)
 	$(call stage,probe,$(PY) sft_simulator.py probe $(DEMO)/pairs-dev.jsonl --simulator $(DEMO)/simulator/model \
-		--words 20 --max-tokens 200 --out $(DEMO)/simulator/probe.json)
-	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) \
+		--words 20 --max-tokens 120 --out $(DEMO)/simulator/probe.json)
+	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 2 --batch-tokens 1024 \
 		--out $(DEMO)/warmup --lr 1e-4 --seed $(SEED) --overwrite)
 	$(call stage,policy,$(PY) train_rl.py train --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model \
 		--simulator $(DEMO)/simulator/model --out $(DEMO)/policy --algorithm grpo --steps $(STEPS) \
 		--prompts-per-step $(PROMPTS) --rollouts $(ROLLOUTS) --lr 2e-5 --kl-coef 0.001 --p-end 0.25 $(LIMITS) \
-		--simulator-words 20 --simulator-max-tokens 200 --seed $(SEED) --overwrite)
+		--simulator-words 20 --simulator-max-tokens 120 --batch-tokens 1024 --seed $(SEED) --overwrite)
 	$(call stage,test,\
 		$(PY) evaluate.py run --method direct --model smollm2 --engine none $(TEST) --out $(DEMO)/test-direct && \
 		$(PY) evaluate.py run --method rag --model smollm2 --engine bm25 $(TEST) --out $(DEMO)/test-rag && \

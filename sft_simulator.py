@@ -66,6 +66,7 @@ class UserError(Exception):
 
 def run_cli(cli: typer.Typer) -> None:
     """Run a chapter's commands; expected errors become one line on stderr and exit code 2."""
+    transformers.utils.logging.disable_progress_bar()  # one bar a stage, and it is ours
     try:
         sys.exit(cli(standalone_mode=False) or 0)
     except (UserError, typer.TyperException, OSError) as error:
@@ -785,7 +786,8 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
         raise UserError("there is nothing to train on")
     scorer = TokenScorer(model.train())
     scorer, optimizer = accelerator.prepare(scorer, torch.optim.AdamW(scorer.parameters(), lr=lr, weight_decay=0.0, fused=True))
-    order = [i for epoch in range(epochs) for i in random.Random(draw_seed(seed, epoch)).sample(range(len(sequences)), len(sequences))]
+    shuffled = [random.Random(draw_seed(seed, epoch)).sample(range(len(sequences)), len(sequences)) for epoch in range(epochs)]
+    order = [i for epoch in shuffled for i in epoch]
     steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, max(1, len(steps) // 20), len(steps) + 1)
     with progress_bar() as bar:
@@ -807,8 +809,8 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            append_jsonl(out / "metrics.jsonl", [{"step": step, "loss": loss.item(), "tokens": sum(len(s.ids) for s in batch),
-                                                  "time/step": time.perf_counter() - started}])  # fmt: skip
+            metrics = {"step": step, "loss": loss.item(), "tokens": sum(len(s.ids) for s in batch)}
+            append_jsonl(out / "metrics.jsonl", [metrics | {"time/step": time.perf_counter() - started}])
             bar.update(task, advance=1, info=f"loss {loss.item():.3f}")
     model.eval()
 

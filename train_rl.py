@@ -239,8 +239,9 @@ def search_turn(searching: list[Episode], engine: SearchEngine | None, tokenizer
         return
     requests = []
     for e in searching:
-        request_seed = draw_seed("search", seed, step, e.id, e.sample, len(e.turns))
-        requests.append(SearchRequest(e.turns[-1].query, e.question, tuple(e.golden_answers), e.turns[-1].quality, request_seed))
+        turn = e.turns[-1]
+        turn_seed = draw_seed("search", seed, step, e.id, e.sample, len(e.turns))
+        requests.append(SearchRequest(turn.query, e.question, tuple(e.golden_answers), turn.quality, turn_seed))
     for episode, result in zip(searching, engine.search(requests), strict=True):
         episode.turns[-1].documents = result.documents
         episode.searches += 1
@@ -254,18 +255,21 @@ def search_turn(searching: list[Episode], engine: SearchEngine | None, tokenizer
 
 
 def exact_match(answer: str | None, golden_answers: list[str]) -> float:
-    """1 if the normalised answer equals a normalised golden answer, else 0. No answer, an empty one: 0."""
-    given = normalize_answer(answer or "")
-    return float(bool(given) and any(given == normalize_answer(gold) for gold in golden_answers))
+    """1 if the normalised answer equals a normalised golden answer, else 0. No answer: 0."""
+    return float(answer is not None and normalize_answer(answer) in map(normalize_answer, golden_answers))
 
 
 def f1_score(answer: str | None, golden_answers: list[str]) -> float:
     """SQuAD's F1 over the words of the normalised strings, against the best golden answer (paper, section 3.4)."""
-    return max((word_f1(normalize_answer(answer or ""), normalize_answer(gold)) for gold in golden_answers), default=0.0)
+    if answer is None:
+        return 0.0
+    return max(word_f1(normalize_answer(answer), normalize_answer(gold)) for gold in golden_answers)
 
 
 def word_f1(given: str, gold: str) -> float:
     given_words, gold_words = given.split(), gold.split()
+    if not given_words or not gold_words:
+        return float(given_words == gold_words)
     common = sum((Counter(given_words) & Counter(gold_words)).values())
     if not common:
         return 0.0
@@ -291,7 +295,9 @@ def score(episode: Episode, reward: str = "f1") -> None:
 # ---------------------------------------------------------------- curriculum
 
 
-def noise_probability(step: int, steps: int, p_start: float, p_end: float, base: float, curriculum: str, seed: int = 0) -> float:
+def noise_probability(
+    step: int, steps: int, p_start: float, p_end: float, base: float, curriculum: str, seed: int = 0
+) -> float:
     """The share of searches that are noisy at a step: p_i = p_s + (b^(i/m) - 1)/(b - 1) (p_e - p_s), m = steps - 1.
 
     Paper, section 3.5. b -> 1 is the linear limit; a run of one step stays at p_s. "constant" is p_e throughout,
@@ -467,7 +473,8 @@ def estimate_targets(trainer: Trainer, s: SimpleNamespace, episodes: list[Episod
         targets.reference = trainer.evaluate(trainer.reference, sequences, s.batch_tokens, temperature=s.temperature)
     if s.algorithm in ("reinforce", "grpo"):
         groups = rewards.view(-1, s.rollouts)  # (P, G)
-        scalars = grpo_advantages(groups, s.scale_rewards) if s.algorithm == "grpo" else reinforce_advantages(groups, s.baseline)
+        grpo = s.algorithm == "grpo"
+        scalars = grpo_advantages(groups, s.scale_rewards) if grpo else reinforce_advantages(groups, s.baseline)
         targets.advantages = [a.to(x).expand_as(x) for a, x in zip(scalars.flatten(), sampler)]
         if s.epochs > 1:
             targets.old = trainer.evaluate(trainer.policy, sequences, s.batch_tokens, temperature=s.temperature)

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import sft_simulator as sim
 import train_rl as rl
 
 # ---------------------------------------------------------------- advantages

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import costs
+import costs  # noqa: E402
 
 PAPER = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))
 BENCHMARKS = [name for name in PAPER["columns"] if name != "avg"]

@@ -290,7 +290,8 @@ def test_supervised_training_learns_and_only_the_masked_tokens(tmp_path, tokeniz
 
 def test_label_train_probe_search_run(run_script, jsonl, tiny, tmp_path):
     records = [trajectory(f"query {i}", [f"{i} gold", "b", "c", "d", "e"]) for i in range(4)]
-    run_script("sft_simulator.py", "label", jsonl("predictions.jsonl", records), "--top-k", "2", "--out", tmp_path / "pairs.jsonl")
+    predictions = jsonl("predictions.jsonl", records)
+    run_script("sft_simulator.py", "label", predictions, "--top-k", "2", "--out", tmp_path / "pairs.jsonl")
     assert len(sim.read_pairs(tmp_path / "pairs.jsonl")) == 8
     out = tmp_path / "simulator"
     run_script("sft_simulator.py", "train", tmp_path / "pairs.jsonl", "--model", tiny, "--out", out, "--lr", "1e-3")
