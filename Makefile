@@ -25,7 +25,7 @@ PROMPTS = 8
 ROLLOUTS = 8
 QUESTIONS = 300
 
-LIMITS = --top-k 2 --max-searches 4 --tokens-per-turn 64 --context-tokens 1024 --observation-tokens 200
+LIMITS = --top-k 3 --max-searches 4 --tokens-per-turn 64 --context-tokens 1024 --observation-tokens 200
 WORLD = data/world
 
 # $(call stage,name,command): run a stage, print and keep its seconds.
@@ -45,15 +45,15 @@ demo-quick: install
 stages:
 	@mkdir -p $(DEMO); rm -f $(DEMO)/seconds.txt
 	$(call stage,world,$(PY) data/world.py build)
-	$(call stage,trajectories,$(PY) data/scripted.py --top-k 2 --limit $(TRAJECTORIES) --out $(DEMO)/trajectories --overwrite && \
-		$(PY) data/scripted.py --top-k 2 --split dev --limit $(PROBES) --out $(DEMO)/trajectories-dev --overwrite && \
-		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl --top-k 2 --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
-		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl --top-k 2 --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
+	$(call stage,trajectories,$(PY) data/scripted.py --top-k 3 --limit $(TRAJECTORIES) --out $(DEMO)/trajectories --overwrite && \
+		$(PY) data/scripted.py --top-k 3 --split dev --limit $(PROBES) --out $(DEMO)/trajectories-dev --overwrite && \
+		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl --top-k 3 --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
+		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl --top-k 3 --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
 	$(call stage,simulator,$(PY) sft_simulator.py train $(DEMO)/pairs.jsonl --out $(DEMO)/simulator --lr 3e-4 \
 		--batch-size 4 --batch-tokens 1024 --words 20 --seed $(SEED) --overwrite)
 	$(call stage,probe,$(PY) sft_simulator.py probe $(DEMO)/pairs-dev.jsonl --simulator $(DEMO)/simulator/model \
 		--words 20 --max-tokens 120 --out $(DEMO)/simulator/probe.json)
-	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 2 --batch-tokens 1024 \
+	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 3 --batch-tokens 1024 \
 		--out $(DEMO)/warmup --lr 1e-4 --seed $(SEED) --overwrite)
 	$(call stage,policy,$(PY) train_rl.py train --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model \
 		--simulator $(DEMO)/simulator/model --out $(DEMO)/policy --algorithm grpo --steps $(STEPS) \
@@ -70,7 +70,7 @@ stages:
 		$(DEMO)/test-policy --out $(DEMO))
 	@echo; echo "report: $(DEMO)/report.md"
 
-TEST = --data $(WORLD)/test.jsonl --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --overwrite
+TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --overwrite
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt

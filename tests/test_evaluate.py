@@ -49,9 +49,6 @@ def test_em_and_f1_equal_torchmetrics():
     for _ in range(16_000):
         golds = [random_text(rng) for _ in range(rng.randint(1, 4))]
         answer = rng.choice(golds) if rng.random() < 0.3 else random_text(rng)
-        if not normalize_answer(answer):  # SQuAD lets nothing equal nothing; here an answer of nothing is no answer
-            assert evaluate.answer_scores(answer, golds)["em"] == evaluate.answer_scores(answer, golds)["f1"] == 0
-            continue
         em = _metric_max_over_ground_truths(_compute_exact_match_score, answer, golds)
         f1 = _metric_max_over_ground_truths(_compute_f1_score, answer, golds)
         scores = evaluate.answer_scores(answer, golds)

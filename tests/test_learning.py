@@ -1,0 +1,95 @@
+"""Every algorithm learns: a small search task, a tiny random model, the real rollout, masks, reward and update.
+
+The policy is first taught the form only: search, read a letter, answer *any* letter. Its reward is chance, 1 in 4.
+What the document says must be learnt from the reward alone."""
+
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_model, make_tokenizer
+from test_algorithms import settings
+
+import sft_simulator as sim
+import train_rl as rl
+
+LR = 1e-3
+LETTERS = "wxyz"
+PROMPTS = {"policy": {"system": "s", "user": "{question}", "notice": "!", "last_turn": "."}}
+LIMITS = rl.RolloutSettings(max_searches=1, tokens_per_turn=20, context_tokens=512, observation_tokens=64)
+BUDGETS = {  # steps, then what differs from plain settings
+    "reinforce": (60, {}),
+    "grpo": (60, {}),
+    "ppo": (60, {"epochs": 2}),
+    "reinforce++": (60, {"epochs": 2}),
+}
+
+
+class Letters:
+    """A search engine whose one document repeats the golden answer of whoever asks."""
+
+    name = "letters"
+
+    def search(self, requests):
+        return [sim.SearchResult([request.golden_answers[0] * 24]) for request in requests]
+
+
+def task(draw, count):
+    return [{"id": f"{i}", "question": "which?", "golden_answers": [draw.choice(LETTERS)]} for i in range(count)]
+
+
+def taught_the_form(tokenizer, folder, draw):
+    """A tiny model that searches, then answers a letter that has nothing to do with the document."""
+    sequences = []
+    for row in task(draw, 1600):
+        episode = rl.new_episode(row, 0, tokenizer, PROMPTS)
+        for text, document in (("<search>q</search>", [row["golden_answers"][0] * 24]), (f"<answer>{draw.choice(LETTERS)}</answer>", None)):
+            ids = sim.encode(tokenizer, text)
+            episode.write(ids, [0.0] * len(ids))
+            if document:
+                episode.read(rl.observation_ids(tokenizer, document, 64) + sim.encode(tokenizer, ".\n"))
+        sequences.append(sim.Sequence(episode.ids, episode.mask))
+    model = make_model(len(tokenizer), initializer_range=0.05)
+    sim.train_supervised(Accelerator(cpu=True), model, sequences, folder, epochs=2, lr=1e-2, batch_size=16,
+                         batch_tokens=10_000, seed=0, label="")  # fmt: skip
+    return model
+
+
+def learn(algorithm, seed, folder):
+    """Mean rewards before training and over the last five steps."""
+    torch.manual_seed(seed)
+    tokenizer, draw = make_tokenizer(), random.Random(seed)
+    steps, changes = BUDGETS[algorithm]
+    s = settings(algorithm=algorithm, rollouts=8, gamma=1.0, gae_lambda=1.0, **changes)
+    model = taught_the_form(tokenizer, folder, draw)
+    scorer = rl.TokenScorer(model)
+    trainer = rl.Trainer(Accelerator(cpu=True), scorer, torch.optim.AdamW(scorer.parameters(), lr=LR, weight_decay=0.0))
+    if algorithm == "ppo":
+        trainer.critic = rl.Critic(make_model(len(tokenizer), seed=9, initializer_range=0.05))
+        trainer.critic_optimizer = torch.optim.AdamW(trainer.critic.parameters(), lr=3e-3)
+    generator = sim.HFGenerator(make_model(len(tokenizer)).eval(), tokenizer)
+    rewards = []
+    for step in range(steps):
+        generator.load_weights(rl.named_weights(model))
+        episodes = [rl.new_episode(row, g, tokenizer, PROMPTS) for row in task(draw, 8) for g in range(8)]
+        rl.rollout(episodes, generator, tokenizer, Letters(), PROMPTS, LIMITS, seed=seed, step=step)
+        for episode in episodes:
+            rl.score(episode)
+        rewards.append(rl.mean(e.reward for e in episodes))
+        rl.update(trainer, s, episodes, rl.PhaseClock())
+    return rewards[0], rl.mean(rewards[-5:]), rewards
+
+
+@pytest.mark.parametrize("algorithm", BUDGETS)
+def test_learns_to_read_what_it_searched(algorithm, tmp_path):
+    before, after, rewards = learn(algorithm, 0, tmp_path)
+    assert before < 0.45 and after > 0.9, rewards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("algorithm", BUDGETS)
+def test_learns_with_three_seeds_of_three(algorithm, seed, tmp_path):
+    before, after, rewards = learn(algorithm, seed, tmp_path)
+    assert before < 0.45 and after > 0.9, rewards
