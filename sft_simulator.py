@@ -31,7 +31,7 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -621,9 +621,9 @@ class SimulatedEngine:
         return simulator_prompt(self.tokenizer, self.prompts, request, self.k, self.words)
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
-        results = self._ask(requests)
+        results = self.ask(requests)
         retries = [i for i, result in enumerate(results) if not result.well_formed]
-        again = self._ask([replace_seed(requests[i], "retry") for i in retries])
+        again = self.ask([replace(requests[i], seed=draw_seed(requests[i].seed, "retry")) for i in retries])
         for i, result in zip(retries, again, strict=True):
             first = results[i]
             result.prompt_tokens += first.prompt_tokens
@@ -631,7 +631,8 @@ class SimulatedEngine:
             results[i] = result
         return results
 
-    def _ask(self, requests: list[SearchRequest]) -> list[SearchResult]:
+    def ask(self, requests: list[SearchRequest]) -> list[SearchResult]:
+        """One output each, as it comes."""
         prompts = [self.prompt(request) for request in requests]
         outputs = self.generator.generate(prompts, self.sampling, [request.seed for request in requests])
         results = []
@@ -640,11 +641,6 @@ class SimulatedEngine:
             complete = output.stop_reason == "eos" and len(documents) == self.k
             results.append(SearchResult(documents[: self.k], complete, len(prompt), len(output.ids)))
         return results
-
-
-def replace_seed(request: SearchRequest, *parts: object) -> SearchRequest:
-    """The same request with a seed of its own."""
-    return SearchRequest(**asdict(request) | {"seed": draw_seed(request.seed, *parts)})
 
 
 def simulator_prompt(tokenizer, prompts: dict[str, str], request: SearchRequest, k: int, words: int) -> list[int]:
@@ -776,6 +772,17 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
+def same_count(accelerator: Accelerator, parts: list[list[int]]) -> list[list[int]]:
+    """The micro-batches of this rank, with empty ones appended until every rank has as many.
+
+    Each backward pass meets the other ranks', so none may have fewer."""
+    most = int(accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max())
+    return parts + [[]] * (most - len(parts))
+
+
+NOTHING = Sequence([0, 0], [0, 1])  # what an empty micro-batch runs on, times zero
+
+
 def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence], out: Path, *, epochs: int, lr: float,
                      batch_size: int, batch_tokens: int, seed: int, label: str) -> None:  # fmt: skip
     """Maximum likelihood of the masked tokens, in place. Every masked token of a step weighs the same.
@@ -796,13 +803,15 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
             started = time.perf_counter()
             batch = [sequences[i] for i in indices]
             total = sum(sum(s.mask[1:]) for s in batch)
+            mine = batch[accelerator.process_index :: accelerator.num_processes]
             loss = torch.zeros((), device=accelerator.device)
-            for part in micro_batches([len(s.ids) for s in batch], batch_tokens):
-                ids, mask = collate([batch[i] for i in part], accelerator.device)
+            for part in same_count(accelerator, micro_batches([len(s.ids) for s in mine], batch_tokens)):
+                ids, mask = collate([mine[i] for i in part] or [NOTHING], accelerator.device)
                 logprobs, _ = scorer(ids, mask)
-                part_loss = -logprobs.sum() / total
-                accelerator.backward(part_loss)
+                part_loss = -logprobs.sum() / total * bool(part)
+                accelerator.backward(part_loss * accelerator.num_processes)  # gradients are averaged over the ranks
                 loss += part_loss.detach()
+            loss = accelerator.reduce(loss)
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} at step {step}: try a lower --lr")
             accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
@@ -810,7 +819,8 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
             schedule.step()
             optimizer.zero_grad()
             metrics = {"step": step, "loss": loss.item(), "tokens": sum(len(s.ids) for s in batch)}
-            append_jsonl(out / "metrics.jsonl", [metrics | {"time/step": time.perf_counter() - started}])
+            if accelerator.is_main_process:
+                append_jsonl(out / "metrics.jsonl", [metrics | {"time/step": time.perf_counter() - started}])
             bar.update(task, advance=1, info=f"loss {loss.item():.3f}")
     model.eval()
 
@@ -869,7 +879,10 @@ def train(
     settings = locals() | {"examples": len(examples)}
     wording = load_prompts(prompts)["simulator"]
     tokenizer, lm = load_tokenizer(model), load_model(model)
-    open_run(out, settings, overwrite)
+    accelerator = Accelerator(mixed_precision="bf16")
+    if accelerator.is_main_process:
+        open_run(out, settings, overwrite)
+    accelerator.wait_for_everyone()
     transformers.set_seed(seed)
     sequences = []
     for pair in examples:
@@ -879,11 +892,11 @@ def train(
         sequences.append(Sequence(prompt + target, [0] * len(prompt) + [1] * len(target)))
     console.print(f"{len(sequences)} pairs, {sum(len(s.ids) for s in sequences):,} tokens, "
                   f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
-    accelerator = Accelerator(mixed_precision="bf16")
     train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
                      batch_tokens=batch_tokens, seed=seed, label="simulator")  # fmt: skip
-    save_model(lm, tokenizer, out / "model")
-    console.print(f"simulator saved: {out / 'model'}")
+    if accelerator.is_main_process:
+        save_model(lm, tokenizer, out / "model")
+        console.print(f"simulator saved: {out / 'model'}")
 
 
 def load_generator(name: str, device: torch.device | str | None = None) -> HFGenerator:
@@ -913,7 +926,7 @@ def probe(
         for start in range(0, len(examples), 64):
             batch = examples[start : start + 64]
             # One output each, no retry: the share that parses is a property of the simulator.
-            results += engine._ask([pair_request(p, draw_seed(seed, start + i)) for i, p in enumerate(batch)])
+            results += engine.ask([pair_request(p, draw_seed(seed, start + i)) for i, p in enumerate(batch)])
             bar.update(task, advance=len(batch))
     figures = probe_figures(examples, results)
     show_probe(figures)

@@ -39,6 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import costs
 from sft_simulator import (
+    NOTHING,
     ROOT,
     BM25Engine,
     Generator,
@@ -76,8 +77,10 @@ from sft_simulator import (
     read_jsonl,
     read_questions,
     run_cli,
+    same_count,
     save_model,
     train_supervised,
+    write_jsonl,
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -199,6 +202,7 @@ def rollout(episodes: list[Episode], generator: Generator, tokenizer, engine: Se
     question, answers and noise draw; documents are appended as they come. After `max_searches` searches a last turn
     may only answer. An episode whose context has no room for a turn ends there, and scores what it answered: nothing."""
     sampling = Sampling(settings.tokens_per_turn, settings.temperature, STOP)
+    template = prompts["policy_without_search" if engine is None else "policy"]
     active = episodes
     for turn in range(settings.max_searches + 1):
         if not active:
@@ -224,9 +228,9 @@ def rollout(episodes: list[Episode], generator: Generator, tokenizer, engine: Se
             search_turn([e for e in active if e.turns[-1].query is not None], engine, tokenizer, settings, seed, step)
         for episode in active:
             if episode.turns[-1].action == "invalid":
-                episode.read(encode(tokenizer, "\n" + fill(prompts["policy"]["notice"]) + "\n"))
+                episode.read(encode(tokenizer, "\n" + fill(template["notice"]) + "\n"))
             if turn + 1 == settings.max_searches:
-                episode.read(encode(tokenizer, fill(prompts["policy"]["last_turn"]) + "\n"))
+                episode.read(encode(tokenizer, fill(template["last_turn"]) + "\n"))
             if len(episode.ids) + settings.tokens_per_turn > settings.context_tokens:
                 episode.end = "context"
         active = [e for e in active if e.end is None]
@@ -552,7 +556,10 @@ def train_epoch(trainer: Trainer, s: SimpleNamespace, sequences: list[Sequence],
     """One pass over the batch and one optimizer step. Returns sums over this rank's trained tokens."""
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
     sums = dict.fromkeys(("policy", "kl", "entropy", "clipped", "gap", "value", "scored"), 0.0)
-    for part in micro_batches([len(sequences[i].ids) for i in trained], s.batch_tokens):
+    for part in same_count(trainer.accelerator, micro_batches([len(sequences[i].ids) for i in trained], s.batch_tokens)):
+        if not part:
+            idle_backward(trainer)
+            continue
         part = [trained[i] for i in part]
         ids, mask = collate([sequences[i] for i in part], device)
 
@@ -592,6 +599,14 @@ def train_epoch(trainer: Trainer, s: SimpleNamespace, sequences: list[Sequence],
         trainer.critic_optimizer.step()
         trainer.critic_optimizer.zero_grad()
     return sums
+
+
+def idle_backward(trainer: Trainer) -> None:
+    """A backward pass that adds nothing, for a rank that has fewer micro-batches than another."""
+    nothing = collate([NOTHING], trainer.accelerator.device)
+    trainer.accelerator.backward(trainer.policy(*nothing)[0].sum() * 0)
+    if trainer.critic is not None:
+        trainer.accelerator.backward(trainer.critic(*nothing).sum() * 0)
 
 
 def named_weights(model: nn.Module):
@@ -690,15 +705,19 @@ def warmup(
     check_top_k(top_k)
     settings = locals() | {"records": len(records)}
     wording, tokenizer, lm = load_prompts(prompts), load_tokenizer(model), load_model(model)
-    open_run(out, settings, overwrite)
+    accelerator = Accelerator(mixed_precision="bf16")
+    if accelerator.is_main_process:
+        open_run(out, settings, overwrite)
+    accelerator.wait_for_everyone()
     transformers.set_seed(seed)
     sequences = [replay(record, tokenizer, wording, top_k) for record in records]
     console.print(f"{len(sequences)} trajectories, {sum(len(s.ids) for s in sequences):,} tokens, "
                   f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
-    train_supervised(Accelerator(mixed_precision="bf16"), lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
+    train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
                      batch_tokens=batch_tokens, seed=seed, label="warm-up")  # fmt: skip
-    save_model(lm, tokenizer, out / "model")
-    console.print(f"warm-started policy saved: {out / 'model'}")
+    if accelerator.is_main_process:
+        save_model(lm, tokenizer, out / "model")
+        console.print(f"warm-started policy saved: {out / 'model'}")
 
 
 def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int) -> Sequence:
@@ -824,15 +843,17 @@ def train(
     tokenizer, wording = load_tokenizer(model), load_prompts(prompts)
     if start is None and accelerator.is_main_process:
         open_run(out, vars(s), overwrite)
+    accelerator.wait_for_everyone()
     transformers.set_seed(seed)
 
     generator = load_generator(model, device=accelerator.device)
     trainer = make_trainer(accelerator, s)
     searcher = make_engine(s, wording, accelerator.device)
     limits = RolloutSettings(max_searches, tokens_per_turn, context_tokens, observation_tokens, temperature)
-    if start is not None:
+    if start is not None and accelerator.is_main_process:
+        set_lines_aside(out, start)
+    if start:
         accelerator.load_state(checkpoint_folder(out, start))
-        drop_lines_after(out, start)
         generator.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
 
     searches_so_far = 0
@@ -927,8 +948,8 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
             shutil.rmtree(old)
 
 
-def find_checkpoint(out: Path, settings: dict[str, Any]) -> int | None:
-    """Steps done at the last whole checkpoint of OUT, or None. Raises UserError if the run used other settings."""
+def find_checkpoint(out: Path, settings: dict[str, Any]) -> int:
+    """Steps done at the last whole checkpoint of OUT, 0 without one. Raises UserError if the run used other settings."""
     if not (out / "config.json").exists():
         raise UserError(f"{out} holds no run to resume")
     before = json.loads((out / "config.json").read_text())["settings"]
@@ -936,16 +957,19 @@ def find_checkpoint(out: Path, settings: dict[str, Any]) -> int | None:
     if changed := [n for n, v in now.items() if n not in ("resume", "overwrite", "save_every") and before.get(n) != v]:
         raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
     whole = sorted((out / "checkpoints").glob("step-??????"))
-    return int(whole[-1].name[5:]) if whole else None
+    return int(whole[-1].name[5:]) if whole else 0
 
 
-def drop_lines_after(out: Path, step: int) -> None:
-    """Set aside the lines of metrics and episodes that came after the checkpoint."""
+def set_lines_aside(out: Path, step: int) -> None:
+    """Move the lines of metrics and episodes that came after the checkpoint, and a line cut short, to another file."""
     for name in ("metrics.jsonl", "episodes.jsonl"):
+        if not (out / name).exists():
+            continue
         lines = (out / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-        (out / name).rename(out / f"{name}.before-resume")
-        (out / name).write_text("".join(whole), encoding="utf-8")
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        with open(out / f"{name}.set-aside", "a", encoding="utf-8") as aside:
+            aside.writelines(lines[len(kept) :])
+        write_jsonl(out / name, map(json.loads, kept))
 
 
 if __name__ == "__main__":

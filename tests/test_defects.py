@@ -33,7 +33,8 @@ def test_defect_01_kl_is_minimised():
 
 
 def test_defect_02_a_query_travels_with_its_own_question(tokenizer):
-    replies = ["<answer>x</answer>", "<search>b</search>", "<answer>y</answer>", "<search>d</search>"] + ["<answer>z</answer>"] * 2
+    replies = ["<answer>x</answer>", "<search>b</search>", "<answer>y</answer>", "<search>d</search>"]
+    replies += ["<answer>z</answer>"] * 2
     _, _, engine = play(tokenizer, replies, n=4)
     assert [(r.query, r.question) for r in engine.requests] == [("b", "Question 1?"), ("d", "Question 3?")]
 

@@ -44,11 +44,11 @@ def taught_the_form(tokenizer, folder, draw):
     sequences = []
     for row in task(draw, 1600):
         episode = rl.new_episode(row, 0, tokenizer, PROMPTS)
-        for text, document in (("<search>q</search>", [row["golden_answers"][0] * 24]), (f"<answer>{draw.choice(LETTERS)}</answer>", None)):
-            ids = sim.encode(tokenizer, text)
-            episode.write(ids, [0.0] * len(ids))
-            if document:
-                episode.read(rl.observation_ids(tokenizer, document, 64) + sim.encode(tokenizer, ".\n"))
+        document = [row["golden_answers"][0] * 24]
+        search, answer = (sim.encode(tokenizer, t) for t in ("<search>q</search>", f"<answer>{draw.choice(LETTERS)}</answer>"))
+        episode.write(search, [0.0] * len(search))
+        episode.read(rl.observation_ids(tokenizer, document, 64) + sim.encode(tokenizer, ".\n"))
+        episode.write(answer, [0.0] * len(answer))
         sequences.append(sim.Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), initializer_range=0.05)
     sim.train_supervised(Accelerator(cpu=True), model, sequences, folder, epochs=2, lr=1e-2, batch_size=16,

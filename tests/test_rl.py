@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -194,7 +196,7 @@ def policy(tmp_path_factory, tokenizer):
     out = tmp_path_factory.mktemp("policy")
     sequences = []
     for i, answer in enumerate(["Lima", "Rome", "Lima", "Oslo"] * 60):
-        episode = rl.new_episode(question(i % 4), 0, tokenizer, PROMPTS)
+        episode = rl.new_episode(question(i % 4), 0, tokenizer, PROMPTS, search=i < 120)
         ids = sim.encode(tokenizer, f"<answer>{answer}</answer>")
         episode.write(ids, [0.0] * len(ids))
         sequences.append(sim.Sequence(episode.ids, episode.mask))
@@ -311,6 +313,27 @@ def test_empty_gold_and_existing_run_are_refused(run_script, jsonl, data, tiny, 
     assert done.returncode == 2 and "--overwrite" in done.stderr and (tmp_path / "run/config.json").read_text() == "{}"
 
 
+def test_two_processes_make_the_same_step_as_one(data, policy, tmp_path):
+    """DDP over gloo, as a user launches it. Rollouts are the same questions and seeds, so the steps agree."""
+    arguments = ["train", "--data", data, "--model", policy, "--engine", "none", *BUDGET, "--lr", "1e-4", "--rollouts", 4,
+                 "--batch-tokens", 450]  # fmt: skip
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
+        command = [*launch, ROOT / "train_rl.py", *arguments, "--out", tmp_path / str(processes)]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_metrics(tmp_path / n)[0] for n in ("1", "2"))
+    assert one["loss/grad_norm"] > 0
+    assert two == pytest.approx(one, rel=0.02, abs=1e-3)  # bfloat16, in other micro-batches
+
+
+def test_nothing_to_learn_is_no_error(run_script, data, tiny, tmp_path):
+    """No episode answers and no KL is paid for: every group is without variance, nothing is trained, the step counts."""
+    train(run_script, data, tiny, tmp_path / "run", "--engine", "none", "--kl-coef", "0")
+    row = read_metrics(tmp_path / "run")[0]
+    assert row["reward/zero_variance_groups"] == 1 and row["loss/grad_norm"] == row["loss/policy"] == 0
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(run_script, data, policy, tmp_path):
     extra = ["--engine", "none", "--steps", 4, "--save-every", 2, "--rollouts", 3, "--kl-coef", "0.1"]
     train(run_script, data, policy, tmp_path / "whole", *extra)
@@ -321,4 +344,4 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_script, data, policy, tmp
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
     for file in ("episodes.jsonl", "model/model.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    assert len((tmp_path / "cut/metrics.jsonl.before-resume").read_text().splitlines()) == 4
+    assert [row["step"] for row in sim.read_jsonl(tmp_path / "cut/metrics.jsonl.set-aside")] == [2, 3]
