@@ -74,6 +74,7 @@ TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
 	@touch $@

@@ -507,8 +507,9 @@ def unpad(matrix: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [row[: len(x)] for row, x in zip(matrix, like)]
 
 
-def global_moments(trainer: Trainer, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the masked entries of all ranks."""
+def global_moments(trainer: Trainer, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the (masked) entries of all ranks."""
+    mask = torch.ones_like(values) if mask is None else mask
     count = trainer.total(mask.sum())
     mean = trainer.total((values * mask).sum()) / count
     variance = trainer.total(((values - mean) ** 2 * mask).sum()) / max(count - 1, 1)
@@ -530,8 +531,6 @@ def update(trainer: Trainer, s: SimpleNamespace, episodes: list[Episode], clock:
             sums = train_epoch(trainer, s, sequences, targets, trained, tokens, kl_in_loss)
             if epoch == 0:
                 first = sums
-    advantages = torch.cat(targets.advantages).double()
-    mean = trainer.total(advantages.sum()) / tokens
     scored = max(trainer.total(first["scored"]), 1.0)
     metrics = {
         "loss/policy": trainer.total(sums["policy"]) / tokens,
@@ -539,7 +538,7 @@ def update(trainer: Trainer, s: SimpleNamespace, episodes: list[Episode], clock:
         "loss/clip_fraction": trainer.total(sums["clipped"]) / scored,
         "loss/logprob_gap": trainer.total(first["gap"]) / scored,
         "loss/grad_norm": sums["grad_norm"],
-        "loss/advantage_std": math.sqrt(trainer.total(((advantages - mean) ** 2).sum()) / tokens),
+        "loss/advantage_std": global_moments(trainer, torch.cat(targets.advantages))[1].item(),
         "tokens/trained": scored,
     }
     if trainer.reference is not None:
@@ -547,7 +546,8 @@ def update(trainer: Trainer, s: SimpleNamespace, episodes: list[Episode], clock:
     if trainer.critic is not None:
         returns, values = torch.cat(targets.returns), torch.cat(targets.values)
         metrics["loss/value"] = trainer.total(first["value"]) / tokens
-        metrics["loss/explained_variance"] = (1 - (returns - values).var() / returns.var().clamp(min=1e-8)).item()
+        error, spread = (global_moments(trainer, x)[1].item() for x in (returns - values, returns))
+        metrics["loss/explained_variance"] = 1 - (error / max(spread, 1e-8)) ** 2
     return metrics
 
 
