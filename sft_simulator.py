@@ -724,8 +724,8 @@ class Sequence:
 class TokenScorer(nn.Module):
     """A causal language model that scores the masked tokens of a batch, and no others.
 
-    The head is V wide (49k-152k): it runs only at the positions whose next token is asked for, a chunk at a time,
-    each chunk's logits recomputed in the backward pass. No (B, T, V) tensor ever exists."""
+    The head is V wide (49k-152k): it runs only at the positions whose next token is asked for, a chunk at a time;
+    with several chunks, their logits are computed again in the backward pass. No (B, T, V) tensor ever exists."""
 
     def __init__(self, model, chunk: int = 1024):
         super().__init__()
@@ -737,21 +737,20 @@ class TokenScorer(nn.Module):
         hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
         wanted = mask[:, 1:].bool()
         hidden, targets = hidden[:, :-1][wanted], ids[:, 1:][wanted]  # (N, D), (N,)
-        scores = [self._score(h, t, temperature) for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk))]
-        logprobs, entropies = zip(*scores) if scores else ([hidden.sum(-1)], [hidden.sum(-1)])
+        chunks = list(zip(hidden.split(self.chunk), targets.split(self.chunk)))
+        if torch.is_grad_enabled() and len(chunks) > 1:
+            scores = [checkpoint(self._score, h, t, temperature, use_reentrant=False) for h, t in chunks]
+        else:  # one chunk's logits fit: nothing is computed twice
+            scores = [self._score(h, t, temperature) for h, t in chunks]
+        logprobs, entropies = zip(*scores)
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled():
-            return checkpoint(self._score_chunk, hidden, targets, temperature, use_reentrant=False)
-        return self._score_chunk(hidden, targets, temperature)
-
-    def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.model.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
-        logprobs = logits.log_softmax(-1)
-        entropies = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropies
+        with torch.no_grad():
+            entropies = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+        return -nn.functional.cross_entropy(logits, targets, reduction="none"), entropies
 
 
 def collate(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:
