@@ -265,7 +265,10 @@ def load_model(name: str, dtype: torch.dtype = torch.float32):
 
 
 def resolve_model(name: str) -> str:
-    """Folder of the embedded model, fetched on first use; any other name as it is."""
+    """Folder of the embedded model, fetched on first use; any other name as it is. Raises UserError for a lost folder."""
+    looks_like_a_path = name.startswith((".", "/")) or name.count("/") > 1  # a Hub id is OWNER/NAME
+    if looks_like_a_path and not Path(name).exists():
+        raise UserError(f"there is no model in {name}")
     return str(fetch_smollm2()) if name == "smollm2" else name
 
 

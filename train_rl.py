@@ -15,6 +15,7 @@ better than expected, `update` makes them likelier. Documents are read, never tr
 """
 
 import json
+import logging
 import math
 import random
 import re
@@ -884,8 +885,8 @@ def train(
                     bar.console.print(f"step {step}: {warning}", style="yellow")
             if (step + 1) % save_every == 0 and step + 1 < steps:
                 save_checkpoint(accelerator, out, step + 1)
-            bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.3f}  noise {noise:.2f}  "
-                       f"search bill avoided ${costs.search_bill(searches_so_far):.2f}")  # fmt: skip
+            bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  noise {noise:.2f}  "
+                       f"API bill saved ${costs.search_bill(searches_so_far):.2f}")  # fmt: skip
     final = accelerator.unwrap_model(trainer.policy).model
     if accelerator.is_main_process:
         save_model(final, tokenizer, out / "model")
@@ -933,6 +934,17 @@ def checkpoint_folder(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:06d}"
 
 
+@contextmanager
+def quiet(logger: str):
+    """Nothing below an error from this logger."""
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
+
+
 def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
     """Weights, optimizers and generators after `step` steps; written under another name, then renamed."""
     final = checkpoint_folder(out, step)
@@ -940,7 +952,8 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(temporary)
+    with quiet("accelerate.utils.other"):  # it says of every checkpoint that the embedding and the head are tied
+        accelerator.save_state(temporary)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         temporary.rename(final)
