@@ -57,7 +57,7 @@ stages:
 		--out $(DEMO)/warmup --lr 1e-4 --seed $(SEED) --overwrite)
 	$(call stage,policy,$(PY) train_rl.py train --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model \
 		--simulator $(DEMO)/simulator/model --out $(DEMO)/policy --algorithm grpo --steps $(STEPS) \
-		--prompts-per-step $(PROMPTS) --rollouts $(ROLLOUTS) --lr 3e-5 --kl-coef 0.001 --p-end 0.15 $(LIMITS) \
+		--prompts-per-step $(PROMPTS) --rollouts $(ROLLOUTS) --lr 2e-5 --kl-coef 0.001 --p-end 0.15 $(LIMITS) \
 		--simulator-words 20 --simulator-max-tokens 160 --batch-tokens 2048 --seed $(SEED) --overwrite)
 	$(call stage,test,\
 		$(PY) evaluate.py run --method direct --model smollm2 --engine none $(TEST) --out $(DEMO)/test-direct && \

@@ -421,12 +421,14 @@ class HFGenerator:
     @torch.inference_mode()
     def _decode(self, batch: "DecodingBatch", sampling: Sampling, seeds: list[int]) -> list[Generation]:
         results = [Generation([], [], "length") for _ in seeds]
-        uniforms = torch.tensor(np.stack([np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds]))
+        # float32, whatever the model's dtype: rounded to bfloat16 some would become 1, which is no draw from [0, 1).
+        draws = [np.random.default_rng(seed).random(sampling.max_tokens, dtype=np.float32) for seed in seeds]
+        uniforms = torch.tensor(np.stack(draws), device=batch.mask.device)  # (B, max_tokens)
         rows = list(range(len(seeds)))  # which row of the results stands at each place of the batch
         active = set(rows)
         logits = batch.prefill()
         for step in range(sampling.max_tokens):
-            ids, logprobs = sample_tokens(logits, sampling.temperature, uniforms[rows, step].to(logits))
+            ids, logprobs = sample_tokens(logits, sampling.temperature, uniforms[rows, step])
             for place, (row, token, logprob) in enumerate(zip(rows, ids.tolist(), logprobs.tolist(), strict=True)):
                 if row not in active:
                     continue
