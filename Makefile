@@ -75,6 +75,7 @@ TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@echo "installing requirements.txt into $(VENV): some minutes, no output"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
 	@touch $@
@@ -84,10 +85,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	@touch $@
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "not slow and not vllm"
+	$(PY) -m pytest -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "slow and not vllm"
+	$(PY) -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

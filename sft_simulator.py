@@ -55,6 +55,7 @@ console = Console(stderr=True)
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Quality = Literal["useful", "noisy"]
+DEMO_SIMULATOR = ROOT / "runs" / "demo" / "simulator" / "model"  # where `make demo` leaves it
 
 
 # ---------------------------------------------------------------- files, errors, randomness
@@ -103,8 +104,9 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(path, required=("id", "question", "golden_answers"))
     for number, row in enumerate(rows, start=1):
         answers = row["golden_answers"]
-        if not isinstance(answers, list) or not any(isinstance(a, str) and normalize_answer(a) for a in answers):
-            raise UserError(f"{path}:{number}: golden_answers must be a list with at least one real answer")
+        strings = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+        if not strings or not any(map(normalize_answer, answers)):
+            raise UserError(f"{path}:{number}: golden_answers must be a list of strings, one of them a real answer")
     return rows
 
 
@@ -460,7 +462,10 @@ class HFGenerator:
 
 
 class DecodingBatch:
-    """The key-value cache of one batch: rows are right-aligned when it starts and may have holes, which are masked."""
+    """The key-value cache of one batch: columns (S) are places, a row has tokens in some of them.
+
+    New text of different lengths is padded on the left to one width, so padding ends up in the middle of rows too:
+    `mask` marks it, and positions count real tokens alone."""
 
     def __init__(self, model, prompts: list[list[int]], kept: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]]):
         self.model, self.prompts = model, prompts
@@ -791,7 +796,7 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
                      batch_size: int, batch_tokens: int, seed: int, label: str) -> None:  # fmt: skip
     """Maximum likelihood of the masked tokens, in place. Every masked token of a step weighs the same.
 
-    A step is `batch_size` sequences; lr rises over the first 5 % of the steps and falls linearly to 0 at the last.
+    A step is `batch_size` sequences; lr rises over the first 5 % of the steps, then falls linearly towards 0.
     Appends one line a step to out/metrics.jsonl: loss in nats a token."""
     if not sequences:
         raise UserError("there is nothing to train on")
@@ -800,7 +805,9 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
     shuffled = [random.Random(draw_seed(seed, epoch)).sample(range(len(sequences)), len(sequences)) for epoch in range(epochs)]
     order = [i for epoch in shuffled for i in epoch]
     steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, max(1, len(steps) // 20), len(steps) + 1)
+    rising = max(1, len(steps) // 20)
+    factor = lambda step: min((step + 1) / rising, (len(steps) - step) / (len(steps) - rising + 1))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with progress_bar() as bar:
         task = bar.add_task(label, total=len(steps), info="")
         for step, indices in enumerate(steps):
@@ -968,9 +975,10 @@ def search(
     query: str,
     engine: Annotated[Literal["bm25", "simulator"], typer.Option(help="Which engine answers.")] = "bm25",
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
-    simulator: Annotated[str, typer.Option(help="simulator: a folder, a Hub id or smollm2.")] = "runs/demo/simulator/model",
+    simulator: Annotated[str, typer.Option(help="simulator: a folder, a Hub id or smollm2.")] = str(DEMO_SIMULATOR),
     question: Annotated[str, typer.Option(help="simulator: the user's question.")] = "",
     answer: Annotated[list[str], typer.Option(help="simulator: its true answer (repeatable).")] = [],  # noqa: B006
+    words: Annotated[int, typer.Option(help="simulator: words a document, as it is asked.")] = 20,
     top_k: TopK = 3,
     prompts: PromptsFile = None,
     seed: Seed = 0,
@@ -980,7 +988,7 @@ def search(
         requests, searcher = [SearchRequest(query)], BM25Engine(corpus, top_k)
     else:
         generator = load_generator(simulator)
-        searcher = SimulatedEngine(generator, generator.tokenizer, top_k, load_prompts(prompts))
+        searcher = SimulatedEngine(generator, generator.tokenizer, top_k, load_prompts(prompts), words=words)
         requests = [SearchRequest(query, question or query, tuple(answer), quality, seed) for quality in ("useful", "noisy")]
     for request, result in zip(requests, searcher.search(requests), strict=True):
         title = f"{engine}, {request.quality}" if engine == "simulator" else engine

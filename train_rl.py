@@ -1,16 +1,17 @@
 """Chapter 2: a policy learns by reinforcement learning to think, search and answer (ZeroSearch, section 3).
 
+\b
     warmup    a few scripted trajectories teach a model too small to follow the template unprompted (off for others)
     train     the loop: rollout -> reward -> advantage -> loss -> step
     schedule  the curriculum: the share of noisy searches at each step
 
-One step, read from the bottom of this file up: `train` draws questions, `rollout` lets the policy talk to a search
+One step: `train`, at the bottom of this file, draws questions, `rollout` lets the policy talk to a search
 engine for some turns, `score` compares its answers with the gold ones, `estimate_advantages` says which tokens did
 better than expected, `update` makes them likelier. Documents are read, never trained.
 
 \b
     python train_rl.py train --data data/world/train.jsonl --model runs/demo/warmup/model \\
-        --engine simulator --simulator runs/demo/simulator/model --out runs/demo/train
+        --engine simulator --simulator runs/demo/simulator/model --out runs/demo/policy
     accelerate launch train_rl.py train ...        # any number of devices, by Accelerate's own config
 """
 
@@ -200,12 +201,17 @@ def rollout(episodes: list[Episode], generator: Generator, tokenizer, engine: Se
     """Play the episodes to their end, in place, all one turn at a time (paper, section 3.3).
 
     Each turn the policy writes up to </search> or </answer>; queries go to the engine with their own episode's
-    question, answers and noise draw; documents are appended as they come. After `max_searches` searches a last turn
-    may only answer. An episode whose context has no room for a turn ends there, and scores what it answered: nothing."""
+    question, answers and noise draw; documents are appended as they come. In `max_searches` turns the policy may search
+    (an invalid action uses its turn up), in a last one it may only answer. An episode whose context
+    has no room for a turn ends there, and scores what it answered: nothing."""
     sampling = Sampling(settings.tokens_per_turn, settings.temperature, STOP)
     template = prompts["policy_without_search" if engine is None else "policy"]
     active = episodes
     for turn in range(settings.max_searches + 1):
+        for episode in active:
+            if len(episode.ids) + settings.tokens_per_turn > settings.context_tokens:
+                episode.end = "context"
+        active = [e for e in active if e.end is None]
         if not active:
             return
         with clock("rollout"):
@@ -213,10 +219,11 @@ def rollout(episodes: list[Episode], generator: Generator, tokenizer, engine: Se
             generations = generator.generate([e.ids for e in active], sampling, seeds)
         for episode, generation in zip(active, generations, strict=True):
             episode.write(generation.ids, generation.logprobs)
-            action, content = parse_action(tokenizer.decode(generation.ids))
+            text = tokenizer.decode(generation.ids)
+            action, content = parse_action(text)
             if action == "search" and engine is None:
                 action = "invalid"
-            episode.turns.append(Turn(tokenizer.decode(generation.ids), action))
+            episode.turns.append(Turn(text, action))
             if action == "answer":
                 episode.answer, episode.end = content, "answered"
             elif turn == settings.max_searches:
@@ -232,9 +239,6 @@ def rollout(episodes: list[Episode], generator: Generator, tokenizer, engine: Se
                 episode.read(encode(tokenizer, "\n" + fill(template["notice"]) + "\n"))
             if turn + 1 == settings.max_searches:
                 episode.read(encode(tokenizer, fill(template["last_turn"]) + "\n"))
-            if len(episode.ids) + settings.tokens_per_turn > settings.context_tokens:
-                episode.end = "context"
-        active = [e for e in active if e.end is None]
 
 
 def search_turn(searching: list[Episode], engine: SearchEngine | None, tokenizer, settings: RolloutSettings,
@@ -282,7 +286,7 @@ def word_f1(given: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-REWARDS: dict[str, Callable[[str | None, list[str]], float]] = {"f1": f1_score, "em": exact_match}
+REWARDS: dict[str, Callable[[str | None, list[str]], float]] = {"f1": f1_score, "em": exact_match}  # add your own
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<(search|answer)>[^<]*</\1>\s*", re.DOTALL)
 
 
@@ -320,26 +324,32 @@ def noise_probability(
 # ---------------------------------------------------------------- advantages (pure functions)
 
 
-def reinforce_advantages(rewards: Tensor, baseline: str) -> Tensor:
+def reinforce_advantages(rewards: Tensor, baseline: str, batch_mean: float) -> Tensor:
     """REINFORCE (Williams 1992): return minus a baseline. rewards (P, G): G attempts at each of P prompts -> (P, G).
 
-    "none": the paper's; with rewards in [0, 1] nothing is ever pushed down. "batch": the mean of the batch.
+    "none": the paper's; with rewards in [0, 1] nothing is ever pushed down. "batch": the mean over all ranks' rewards.
     "leave-one-out": the mean of the prompt's other attempts (RLOO, Ahmadian et al. 2024, eq. 7): unbiased."""
     if baseline == "none":
         return rewards.clone()
     if baseline == "batch":
-        return rewards - rewards.mean()
+        return rewards - batch_mean
     others = rewards.shape[1] - 1
-    return rewards - (rewards.sum(1, keepdim=True) - rewards) / others
+    return zero_where_equal(rewards - (rewards.sum(1, keepdim=True) - rewards) / others, rewards)
 
 
 def grpo_advantages(rewards: Tensor, scale: bool) -> Tensor:
     """GRPO (DeepSeekMath, section 4.1.2): reward minus its group's mean, over its group's standard deviation.
 
+    The loss is then averaged over all tokens of the batch (DAPO, eq. 8), not first within each episode.
     rewards (P, G) -> (P, G). Without `scale`: Dr. GRPO (Liu et al. 2025), which drops the division that favours
     prompts of little variance. A group without variance gets zeros."""
     centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + 1e-6) if scale else centred
+    return zero_where_equal(centred / (rewards.std(1, keepdim=True) + 1e-6) if scale else centred, rewards)
+
+
+def zero_where_equal(advantages: Tensor, rewards: Tensor) -> Tensor:
+    """Exactly 0 in groups without variance, where rounding would leave 1e-16 and a backward pass for nothing. (P, G)."""
+    return advantages.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0)
 
 
 def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -384,7 +394,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
                 weights: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Clipped surrogate (PPO, Schulman et al. 2017, eq. 7), bounds apart (DAPO, eq. 10). All (N,) -> loss, clipped (N,).
 
-    Where the ratio is 1, as in a step's first update, its gradient is REINFORCE's: -A grad log pi."""
+    Where the ratio is 1, as in a step's first update, its gradient is REINFORCE's: -A grad log pi. The weights, the
+    sampler correction, are constants in it."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -weights * torch.min(ratio * advantages, clipped * advantages)
@@ -478,10 +489,11 @@ def estimate_targets(trainer: Trainer, s: SimpleNamespace, episodes: list[Episod
         targets.reference = trainer.evaluate(trainer.reference, sequences, s.batch_tokens, temperature=s.temperature)
     if s.algorithm in ("reinforce", "grpo"):
         groups = rewards.view(-1, s.rollouts)  # (P, G)
+        batch_mean = trainer.total(rewards.sum()) / trainer.total(len(rewards))
         grpo = s.algorithm == "grpo"
-        scalars = grpo_advantages(groups, s.scale_rewards) if grpo else reinforce_advantages(groups, s.baseline)
+        scalars = grpo_advantages(groups, s.scale_rewards) if grpo else reinforce_advantages(groups, s.baseline, batch_mean)
         targets.advantages = [a.to(x).expand_as(x) for a, x in zip(scalars.flatten(), sampler)]
-        if s.epochs > 1:
+        if s.epochs > 1:  # in a single epoch the policy is still the one that sampled: the update's own pass gives `old`
             targets.old = trainer.evaluate(trainer.policy, sequences, s.batch_tokens, temperature=s.temperature)
         return targets
 
@@ -526,6 +538,7 @@ def update(trainer: Trainer, s: SimpleNamespace, episodes: list[Episode], clock:
         targets = estimate_targets(trainer, s, episodes, sequences)
     tokens = trainer.total(sum(sum(q.mask[1:]) for q in sequences))
     kl_in_loss = trainer.reference is not None and s.algorithm in ("reinforce", "grpo")
+    # Zero advantage, zero gradient: left out, unless a KL is in the loss or a critic learns from these tokens too.
     trained = [i for i, a in enumerate(targets.advantages) if kl_in_loss or trainer.critic is not None or a.any()]
     with clock("update"):
         for epoch in range(s.epochs):
@@ -590,13 +603,14 @@ def train_epoch(trainer: Trainer, s: SimpleNamespace, sequences: list[Sequence],
         sums["clipped"] += clipped.sum()
         sums["gap"] += (old - sampler).abs().sum()
         sums["scored"] += float(len(logprobs))
-    sums["grad_norm"] = float(trainer.accelerator.clip_grad_norm_(trainer.policy.parameters(), 1.0))
-    if not math.isfinite(sums["grad_norm"]) or not math.isfinite(trainer.total(sums["policy"])):
+    models = [model for model in (trainer.policy, trainer.critic) if model is not None]
+    norms = [float(trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)) for model in models]
+    sums["grad_norm"] = norms[0]
+    if not all(map(math.isfinite, (*norms, trainer.total(sums["policy"] + sums["value"])))):
         raise FloatingPointError("the loss or its gradient is not finite")
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     if trainer.critic is not None:
-        trainer.accelerator.clip_grad_norm_(trainer.critic.parameters(), 1.0)
         trainer.critic_optimizer.step()
         trainer.critic_optimizer.zero_grad()
     return sums
@@ -722,7 +736,7 @@ def warmup(
 
 
 def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int) -> Sequence:
-    """A recorded trajectory as the token ids a rollout would have made of it."""
+    """A recorded trajectory as the token ids a rollout would have made of it, had no action been invalid."""
     episode = new_episode(record, 0, tokenizer, prompts)
     for turn in record["turns"]:
         ids = encode(tokenizer, turn["text"])
@@ -766,8 +780,8 @@ def check_settings(s: SimpleNamespace) -> None:
     """Refuse what can't work before anything is loaded."""
     check_curriculum(s)
     check_top_k(s.top_k)
-    if s.prompts_per_step < 1 or s.rollouts < 1:
-        raise UserError("--prompts-per-step and --rollouts must be at least 1")
+    if min(s.prompts_per_step, s.rollouts, s.save_every) < 1:
+        raise UserError("--prompts-per-step, --rollouts and --save-every must be at least 1")
     if s.rollouts == 1 and (s.algorithm == "grpo" or (s.algorithm, s.baseline) == ("reinforce", "leave-one-out")):
         raise UserError(f"{s.algorithm} compares the rollouts of a prompt with each other: --rollouts 1 is too few")
     if min(s.clip_low, s.clip_high, s.value_clip) < 0 or s.clip_low >= 1:
@@ -793,7 +807,7 @@ def train(
     simulator: Annotated[str | None, typer.Option(help="The simulator: a folder, a Hub id or smollm2.")] = None,
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
     algorithm: Literal["reinforce", "grpo", "ppo", "reinforce++"] = "grpo",
-    reward: Annotated[Literal["f1", "em"], typer.Option(help="What is rewarded.")] = "f1",
+    reward: Annotated[Literal[tuple(REWARDS)], typer.Option(help="What is rewarded.")] = "f1",
     steps: int = 203,
     prompts_per_step: Annotated[int, typer.Option(help="Questions a step, over all processes.")] = 64,
     rollouts: Annotated[int, typer.Option(help="Attempts at each question.")] = 5,
@@ -857,7 +871,7 @@ def train(
         accelerator.load_state(checkpoint_folder(out, start))
         generator.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
 
-    searches_so_far = 0
+    searches_so_far = sum(row["cost/searches"] for row in read_jsonl(out / "metrics.jsonl")) if start else 0
     with progress_bar() as bar:
         task = bar.add_task(algorithm, total=steps, completed=start or 0, info="")
         for step in range(start or 0, steps):
@@ -934,17 +948,6 @@ def checkpoint_folder(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:06d}"
 
 
-@contextmanager
-def quiet(logger: str):
-    """Nothing below an error from this logger."""
-    level = logging.getLogger(logger).level
-    logging.getLogger(logger).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.getLogger(logger).setLevel(level)
-
-
 def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
     """Weights, optimizers and generators after `step` steps; written under another name, then renamed."""
     final = checkpoint_folder(out, step)
@@ -952,8 +955,8 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with quiet("accelerate.utils.other"):  # it says of every checkpoint that the embedding and the head are tied
-        accelerator.save_state(temporary)
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, every time
+    accelerator.save_state(temporary)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         temporary.rename(final)
@@ -978,7 +981,8 @@ def set_lines_aside(out: Path, step: int) -> None:
     for name in ("metrics.jsonl", "episodes.jsonl"):
         if not (out / name).exists():
             continue
-        lines = (out / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        with open(out / name, encoding="utf-8") as file:
+            lines = list(file)  # cut at line feeds alone: a text may hold the other separators of Unicode
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
         with open(out / f"{name}.set-aside", "a", encoding="utf-8") as aside:
             aside.writelines(lines[len(kept) :])

@@ -16,10 +16,10 @@ import train_rl as rl
 
 def test_reinforce_by_hand():
     rewards = tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
-    assert torch.equal(rl.reinforce_advantages(rewards, "none"), rewards)
-    assert torch.allclose(rl.reinforce_advantages(rewards, "batch"), rewards - 0.25)
+    assert torch.equal(rl.reinforce_advantages(rewards, "none", 0.25), rewards)
+    assert torch.allclose(rl.reinforce_advantages(rewards, "batch", 0.25), rewards - 0.25)
     expected = tensor([[1 - 0.25, 0 - 0.75, 0.5 - 0.5], [0.0, 0.0, 0.0]])
-    assert torch.allclose(rl.reinforce_advantages(rewards, "leave-one-out"), expected)
+    assert torch.allclose(rl.reinforce_advantages(rewards, "leave-one-out", 0.25), expected)
 
 
 def test_grpo_by_hand():
@@ -28,6 +28,9 @@ def test_grpo_by_hand():
     scaled = rl.grpo_advantages(rewards, scale=True)
     assert torch.allclose(scaled[0], tensor([1.0, -1, -1, 1], dtype=torch.float64) * 0.5 / (deviation + 1e-6))
     assert torch.equal(scaled[1], torch.zeros(4, dtype=torch.float64))
+    equal = tensor([[0.4, 0.4, 0.4]], dtype=torch.float64)  # their mean is 0.4000000000000001
+    assert not rl.grpo_advantages(equal, scale=True).any()
+    assert not rl.reinforce_advantages(equal, "leave-one-out", 0.4).any()
     assert torch.equal(rl.grpo_advantages(rewards, scale=False)[0], tensor([0.5, -0.5, -0.5, 0.5], dtype=torch.float64))
 
 
@@ -188,6 +191,7 @@ def gradient(episodes, dtype=torch.float64, **changes):
 
 
 ALGORITHMS = [dict(algorithm="grpo"), dict(algorithm="grpo", kl_coef=0.1), dict(algorithm="reinforce", baseline="none"),
+              dict(algorithm="reinforce", baseline="batch"),
               dict(algorithm="reinforce++", kl_coef=0.1), dict(algorithm="ppo", kl_coef=0.1),
               dict(algorithm="grpo", mask_documents=False, kl_coef=0.1)]  # fmt: skip
 

@@ -134,6 +134,32 @@ def test_sampling_follows_the_distribution():
     assert torch.allclose(logprobs, expected[ids].log(), atol=1e-6)
 
 
+def test_a_bfloat16_model_never_gives_what_it_deems_impossible(tokenizer):
+    """Draws rounded to the model's dtype would be 1 about twice in a thousand, and pick the vocabulary's last token."""
+
+    class Batch:
+        mask = torch.ones(64, 1)
+        logits = torch.zeros(64, len(tokenizer), dtype=torch.bfloat16)
+        logits[:, -50:], logits[:, tokenizer.eos_token_id] = -40.0, -40.0
+
+        def prefill(self):
+            return self.logits
+
+        def forward(self, new):
+            return self.logits
+
+        def set_aside(self, place): ...
+
+    class Model:
+        def set_attn_implementation(self, name): ...
+
+    results = sim.HFGenerator(Model(), tokenizer)._decode(Batch(), sim.Sampling(100, 1.0), list(range(64)))
+    tokens = torch.tensor([r.ids for r in results]).flatten()
+    assert len(tokens) == 6400 and tokens.max() < len(tokenizer) - 50
+    counts = torch.bincount(tokens)[torch.arange(len(tokenizer) - 50) != tokenizer.eos_token_id].float()
+    assert ((counts - counts.mean()).abs() < 6 * counts.mean().sqrt()).all()  # uniform, the tail too
+
+
 def test_generation_stops_after_a_stop_string_and_keeps_it(tokenizer):
     """A scripted distribution: the model's last row of logits is replaced by what the script wants next."""
     script = sim.encode(tokenizer, "think</search> and much more")
@@ -146,7 +172,7 @@ def test_generation_stops_after_a_stop_string_and_keeps_it(tokenizer):
     generator = sim.HFGenerator(Scripted(), tokenizer)
 
     class Batch:
-        position, aside = 0, []
+        position, aside, mask = 0, [], torch.ones(1, 1)
 
         def prefill(self):
             return torch.nn.functional.one_hot(torch.tensor([script[0]]), len(tokenizer)).float() * 50
