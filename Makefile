@@ -39,8 +39,8 @@ demo: install
 	@$(MAKE) --no-print-directory stages
 
 demo-quick: install
-	@$(MAKE) --no-print-directory stages DEMO=runs/demo-quick TRAJECTORIES=120 PAIRS=64 PROBES=16 WARMUP=32 STEPS=2 \
-		PROMPTS=2 ROLLOUTS=4 QUESTIONS=24
+	@$(MAKE) --no-print-directory stages DEMO=runs/demo-quick TRAJECTORIES=120 PAIRS=48 PROBES=16 WARMUP=32 STEPS=2 \
+		PROMPTS=2 ROLLOUTS=2 QUESTIONS=16
 
 stages:
 	@mkdir -p $(DEMO); rm -f $(DEMO)/seconds.txt
