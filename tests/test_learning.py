@@ -1,6 +1,6 @@
 """Every algorithm learns: a small search task, a tiny random model, the real rollout, masks, reward and update.
 
-The policy is first taught the form only: search, read a letter, answer *any* letter. its reward is chance, 1 in 2.
+The policy is first taught the form only: search, read a letter, answer *any* letter. Its reward is chance, 1 in 4.
 What the document says must be learnt from the reward alone."""
 
 import random
@@ -15,14 +15,15 @@ import sft_simulator as sim
 import train_rl as rl
 
 LR = 1e-3
-LETTERS = "xy"
+LETTERS = "wxyz"
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
 PROMPTS = {"policy": {"system": "s", "user": "{question}", "notice": "!", "last_turn": "."}}
 LIMITS = rl.RolloutSettings(max_searches=1, tokens_per_turn=20, context_tokens=512, observation_tokens=64)
 BUDGETS = {  # steps, then what differs from plain settings
-    "reinforce": (60, {}),
-    "grpo": (60, {}),
-    "ppo": (60, {"epochs": 2}),
-    "reinforce++": (60, {"epochs": 2}),
+    "reinforce": (180, {}),
+    "grpo": (150, {}),
+    "ppo": (320, {}),
+    "reinforce++": (320, {}),
 }
 
 
@@ -50,7 +51,7 @@ def taught_the_form(tokenizer, folder, draw):
         episode.read(rl.observation_ids(tokenizer, document, 64) + sim.encode(tokenizer, ".\n"))
         episode.write(answer, [0.0] * len(answer))
         sequences.append(sim.Sequence(episode.ids, episode.mask))
-    model = make_model(len(tokenizer), initializer_range=0.05)
+    model = make_model(len(tokenizer), **SIZES)
     sim.train_supervised(Accelerator(cpu=True), model, sequences, folder, epochs=2, lr=1e-2, batch_size=16,
                          batch_tokens=10_000, seed=0, label="")  # fmt: skip
     return model
@@ -66,9 +67,9 @@ def learn(algorithm, seed, folder):
     scorer = rl.TokenScorer(model)
     trainer = rl.Trainer(Accelerator(cpu=True), scorer, torch.optim.AdamW(scorer.parameters(), lr=LR, weight_decay=0.0))
     if algorithm == "ppo":
-        trainer.critic = rl.Critic(make_model(len(tokenizer), seed=9, initializer_range=0.05))
-        trainer.critic_optimizer = torch.optim.AdamW(trainer.critic.parameters(), lr=3e-3)
-    generator = sim.HFGenerator(make_model(len(tokenizer)).eval(), tokenizer)
+        trainer.critic = rl.Critic(make_model(len(tokenizer), seed=9, **SIZES))
+        trainer.critic_optimizer = torch.optim.AdamW(trainer.critic.parameters(), lr=LR)
+    generator = sim.HFGenerator(make_model(len(tokenizer), **SIZES).eval(), tokenizer)
     rewards = []
     for step in range(steps):
         generator.load_weights(rl.named_weights(model))
@@ -81,11 +82,13 @@ def learn(algorithm, seed, folder):
     return rewards[0], rl.mean(rewards[-5:]), rewards
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", BUDGETS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "reinforce++")]
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "grpo", *SLOW])
 def test_learns_to_read_what_it_searched(algorithm, tmp_path):
     before, after, rewards = learn(algorithm, 0, tmp_path)
-    assert before < 0.65 and after > 0.9, rewards
+    assert before < 0.45 and after > 0.9, rewards
 
 
 @pytest.mark.slow
@@ -93,4 +96,4 @@ def test_learns_to_read_what_it_searched(algorithm, tmp_path):
 @pytest.mark.parametrize("algorithm", BUDGETS)
 def test_learns_with_three_seeds_of_three(algorithm, seed, tmp_path):
     before, after, rewards = learn(algorithm, seed, tmp_path)
-    assert before < 0.65 and after > 0.9, rewards
+    assert before < 0.45 and after > 0.9, rewards
