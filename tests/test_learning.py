@@ -1,4 +1,4 @@
-"""Every algorithm learns: a small search task, a tiny random model, the real rollout, masks, reward and update.
+"""The algorithms learn: a small search task, a tiny random model, the real rollout, masks, reward and update.
 
 The policy is first taught the form only: search, read a letter, answer *any* letter. Its reward is chance, 1 in 4.
 What the document says must be learnt from the reward alone."""
