@@ -409,8 +409,9 @@ def call_once(url: str, parse: Callable[[Any], Any], timeout: float, secret: str
     if response.status_code in (408, 429) or response.status_code >= 500:
         raise Stumble(f"{url}: HTTP {response.status_code}", retry_after(response.headers.get("Retry-After")))
     if response.status_code != 200:
-        excerpt = clean(body.decode("utf-8", "replace"), 300)
-        raise OutsideError(f"{url}: HTTP {response.status_code} {excerpt.replace(secret, '***') if secret else excerpt}")
+        text = body.decode("utf-8", "replace")
+        text = text.replace(secret, "***") if secret else text
+        raise OutsideError(f"{url}: HTTP {response.status_code} {clean(text, 300)}")
     try:
         return parse(json.loads(body.decode("utf-8", "replace")))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -420,7 +421,8 @@ def call_once(url: str, parse: Callable[[Any], Any], timeout: float, secret: str
 def fetch(url: str, timeout: float, request: dict[str, Any]) -> tuple[requests.Response, bytes]:
     """A response and its whole body. Read piece by piece: a server that drips could otherwise hold us for ever."""
     deadline, body = time.monotonic() + timeout, b""
-    with requests.request(**{"method": "POST"} | request, url=url, timeout=timeout, stream=True) as response:
+    options = {"method": "POST", "timeout": timeout, "stream": True, "allow_redirects": False} | request
+    with requests.request(url=url, **options) as response:
         while part := response.raw.read1(2**16, decode_content=True):
             body += part
             if time.monotonic() > deadline or len(body) > LONGEST_ANSWER:
@@ -430,11 +432,10 @@ def fetch(url: str, timeout: float, request: dict[str, Any]) -> tuple[requests.R
 
 def retry_after(header: str | None) -> float:
     """Seconds that a Retry-After header asks for, given as a number or as a date; 0 for none and for nonsense."""
-    try:
-        return max(0.0, float(header or 0))
-    except ValueError:
-        date = email.utils.parsedate_tz(header)
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+    for read in (float, lambda text: email.utils.parsedate_to_datetime(text).timestamp() - time.time()):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return max(0.0, read(header))
+    return 0.0
 
 
 def in_threads(function: Callable[[Any], Any], items: list[Any], workers: int) -> list[Any]:
