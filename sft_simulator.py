@@ -17,6 +17,7 @@ The chapter also owns what the other two build on: models, generation, search en
 
 import contextlib
 import email.utils
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -813,7 +814,7 @@ class BM25Engine:
         import bm25s  # here, because importing it loads JAX where that is installed
 
         self.k = check_top_k(k)
-        self._tokenize = lambda texts: bm25s.tokenize(texts, stopwords="en", show_progress=False)
+        self._tokenize = functools.partial(bm25s.tokenize, stopwords="en", show_progress=False)
         if not Path(corpus).is_file():
             raise UserError(f"{corpus}: no such file")
         with open(corpus, "rb") as file:
@@ -844,10 +845,16 @@ class BM25Engine:
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
         if not requests:
             return []
-        queries = self._tokenize([clean(request.query, QUERY_CHARACTERS) for request in requests])
-        k = min(self.k, len(self._ends))
-        numbers = self._index.retrieve(queries, k=k, show_progress=False, return_as="documents")  # (B, k)
-        return [SearchResult([self._document(number) for number in row]) for row in numbers]
+        queries = self._tokenize([clean(request.query, QUERY_CHARACTERS) for request in requests], return_ids=False)
+        return [SearchResult([self._document(number) for number in self._best(words)]) for words in queries]
+
+    def _best(self, words: list[str]) -> np.ndarray:
+        """Numbers of the k best texts, equal ones in the corpus' order. Four times as fast as bm25s' own choice, whose
+        partition stumbles over the many texts that score 0."""
+        scores = self._index.get_scores_from_ids(self._index.get_tokens_ids(words))  # (N,)
+        k = min(self.k, len(scores))
+        candidates = np.flatnonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
+        return candidates[np.argsort(-scores[candidates], kind="stable")][:k]
 
     def _document(self, number: int) -> str:
         start = self._ends[number - 1] if number else 0
@@ -893,6 +900,7 @@ class RemoteEngine:
 
     def _sql(self, statement: str, *values: str) -> list[tuple]:
         with contextlib.closing(sqlite3.connect(self.cache, timeout=60)) as connection, connection:
+            connection.execute("PRAGMA synchronous = OFF")  # a cache isn't worth a wait for the disk per answer
             return connection.execute(statement, values).fetchall()
 
 
