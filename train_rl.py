@@ -24,6 +24,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ from sft_simulator import (
     ROOT,
     BM25Engine,
     Generator,
+    GeneratorOption,
     Overwrite,
     Prompts,
     PromptsFile,
@@ -195,10 +197,27 @@ def noise_quality(p: float, seed: int, step: int, episode: Episode, turn: int) -
     return "noisy" if random.Random(draw_seed("noise", seed, step, episode.id, episode.sample, turn)).random() < p else "useful"
 
 
-def rollout(episodes: list[Episode], generator: Generator, tokenizer, engine: SearchEngine | None, prompts: Prompts,
-            settings: RolloutSettings, *, noise: float = 0.0, seed: int = 0, step: int = 0,
-            clock: Callable = lambda phase: nullcontext()) -> None:  # fmt: skip
-    """Play the episodes to their end, in place, all one turn at a time (paper, section 3.3).
+CONCURRENT_EPISODES = 256  # threads; each waits for a generator or a search most of the time
+
+
+def rollout(episodes: list[Episode], generator: Generator, *args,
+            clock: Callable = lambda phase: nullcontext(), **kwargs) -> None:  # fmt: skip
+    """Play the episodes to their end, in place (paper, section 3.3); arguments as of `play`.
+
+    A generator that takes requests at any time gets each episode in a thread of its own: it goes on the moment its
+    documents arrive, and decoding and searches overlap. Others play all episodes in lockstep, in a fixed order. Seeds
+    and noise draws are the same either way."""
+    if not generator.concurrent:
+        play(episodes, generator, *args, clock=clock, **kwargs)
+        return
+    with clock("rollout"), ThreadPoolExecutor(CONCURRENT_EPISODES) as threads:
+        list(threads.map(lambda episode: play([episode], generator, *args, **kwargs), episodes))
+
+
+def play(episodes: list[Episode], generator: Generator, tokenizer, engine: SearchEngine | None, prompts: Prompts,
+         settings: RolloutSettings, *, noise: float = 0.0, seed: int = 0, step: int = 0,
+         clock: Callable = lambda phase: nullcontext()) -> None:  # fmt: skip
+    """Play episodes to their end, in place, one turn of all of them at a time.
 
     Each turn the policy writes up to </search> or </answer>; queries go to the engine with their own episode's
     question, answers and noise draw; documents are appended as they come. In `max_searches` turns the policy may search
@@ -840,6 +859,7 @@ def train(
     simulator_temperature: float = 0.8,
     batch_tokens: Annotated[int, typer.Option(help="Tokens a micro-batch, padding included.")] = 4096,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
@@ -861,7 +881,7 @@ def train(
     accelerator.wait_for_everyone()
     transformers.set_seed(seed)
 
-    generator = load_generator(model, device=accelerator.device)
+    sampler = load_generator(model, accelerator.device, generator)
     trainer = make_trainer(accelerator, s)
     searcher = make_engine(s, wording, accelerator.device)
     limits = RolloutSettings(max_searches, tokens_per_turn, context_tokens, observation_tokens, temperature)
@@ -869,7 +889,7 @@ def train(
         set_lines_aside(out, start)
     if start:
         accelerator.load_state(checkpoint_folder(out, start))
-        generator.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
+        sampler.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
 
     searches_so_far = sum(row["cost/searches"] for row in read_jsonl(out / "metrics.jsonl")) if start else 0
     with progress_bar() as bar:
@@ -879,16 +899,18 @@ def train(
             noise = noise_probability(step, steps, p_start, p_end, base, curriculum, seed)
             mine = step_questions(rows, step, s)[accelerator.process_index :: accelerator.num_processes]
             episodes = [new_episode(row, g, tokenizer, wording, engine != "none") for row in mine for g in range(rollouts)]
-            rollout(episodes, generator, tokenizer, searcher, wording, limits, noise=noise, seed=seed, step=step, clock=clock)
+            rollout(episodes, sampler, tokenizer, searcher, wording, limits, noise=noise, seed=seed, step=step, clock=clock)
             for episode in episodes:
                 score(episode, reward)
+            for idle in [sampler, searcher.generator] if engine == "simulator" else [sampler]:
+                idle.sleep()  # their memory is the update's for a while
             try:
                 losses = update(trainer, s, episodes, clock)
             except FloatingPointError as error:
                 append_jsonl(out / "nonfinite.jsonl", [e.record() for e in episodes])
                 raise UserError(f"step {step}: {error}; its episodes are in {out / 'nonfinite.jsonl'}") from None
             with clock("sync"):
-                generator.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
+                sampler.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
             everyone = gather_object(episodes)
             metrics = {"step": step, "noise/p": noise} | rollout_metrics(everyone, rollouts) | losses | clock.metrics()
             searches_so_far += metrics["cost/searches"]
@@ -931,12 +953,12 @@ def make_trainer(accelerator: Accelerator, s: SimpleNamespace) -> Trainer:
     return trainer
 
 
-def make_engine(s: SimpleNamespace, prompts: Prompts, device: torch.device) -> SearchEngine | None:
+def make_engine(s: SimpleNamespace, prompts: Prompts, device: torch.device | None) -> SearchEngine | None:
     if s.engine == "none":
         return None
     if s.engine == "bm25":
         return BM25Engine(s.corpus, s.top_k)
-    generator = load_generator(s.simulator, device=device)
+    generator = load_generator(s.simulator, device, s.generator)
     return SimulatedEngine(generator, generator.tokenizer, s.top_k, prompts, words=s.simulator_words,
                            temperature=s.simulator_temperature, max_tokens=s.simulator_max_tokens)  # fmt: skip
 

@@ -269,7 +269,7 @@ def test_no_real_document_reaches_training(data, tiny, tmp_path, monkeypatch):
     search = sim.SimulatedEngine.search
     monkeypatch.setattr(sim.SimulatedEngine, "search", lambda self, requests: asked.append(requests) or search(self, requests))
     settings = SimpleNamespace(engine="simulator", simulator=str(tiny), top_k=2, simulator_words=20, simulator_temperature=0.8,
-                               simulator_max_tokens=24, corpus=ROOT / "data/world/passages.jsonl")  # fmt: skip
+                               simulator_max_tokens=24, generator="hf", corpus=ROOT / "data/world/passages.jsonl")  # fmt: skip
     engine = rl.make_engine(settings, PROMPTS, "cpu")
     assert isinstance(engine, sim.SimulatedEngine)
     tokenizer = sim.load_tokenizer(str(tiny))

@@ -234,6 +234,8 @@ def test_parsing_of_simulated_documents(text, documents):
 class ScriptedGenerator:
     """Answers prompts from a list, and remembers what it was asked."""
 
+    concurrent = False
+
     def __init__(self, tokenizer, replies):
         self.tokenizer, self.replies, self.prompts, self.seeds = tokenizer, list(replies), [], []
 
