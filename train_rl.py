@@ -966,6 +966,7 @@ def train(
         generator.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
     if start is not None and accelerator.is_main_process:
         set_lines_aside(out, start)
+    accelerator.wait_for_everyone()
     if logger:
         accelerator.init_trackers("zerosearch", {n: v if isinstance(v, int | float) else str(v) for n, v in vars(s).items()})
 
@@ -990,14 +991,16 @@ def train(
                 generator.forget()
                 for episode in episodes:
                     score(episode, reward)
+                everyone = gather_object(episodes)
                 try:
-                    losses = update(trainer, s, episodes, clock)
+                    share = deal(everyone, rollouts, accelerator.num_processes)[accelerator.process_index]
+                    losses = update(trainer, s, share, clock)
                 except FloatingPointError as error:
-                    append_jsonl(out / "nonfinite.jsonl", [e.record() for e in episodes])
+                    if accelerator.is_main_process:
+                        append_jsonl(out / "nonfinite.jsonl", [e.record() for e in everyone])
                     raise UserError(f"step {step}: {error}; its episodes are in {out / 'nonfinite.jsonl'}") from None
                 with clock("sync"):
                     generator.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
-                everyone = gather_object(episodes)
                 metrics = {"step": step, "noise/p": noise} | rollout_metrics(everyone, rollouts) | losses | clock.metrics()
                 metrics |= rates(trainer, metrics, peak)
                 searches_so_far += metrics["cost/searches"]
@@ -1030,6 +1033,16 @@ def step_questions(rows: list[dict[str, Any]], step: int, s: SimpleNamespace) ->
     epoch, place = divmod(step, per_epoch)
     order = random.Random(draw_seed("data", s.seed, epoch)).sample(range(len(rows)), len(rows))
     return [rows[i] for i in order[place * s.prompts_per_step : (place + 1) * s.prompts_per_step]]
+
+
+def deal(episodes: list[Episode], group_size: int, ranks: int) -> list[list[Episode]]:
+    """The step's groups, each whole, as one share for each rank: the longest first, to whoever has the fewest tokens."""
+    groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+    tokens = {id(group): sum(len(e.ids) for e in group) for group in groups}
+    shares: list[list[list[Episode]]] = [[] for _ in range(ranks)]
+    for group in sorted(groups, key=lambda group: -tokens[id(group)]):
+        min(shares, key=lambda share: sum(tokens[id(group)] for group in share)).append(group)
+    return [[episode for group in share for episode in group] for share in shares]
 
 
 def make_trainer(accelerator: Accelerator, s: SimpleNamespace) -> Trainer:
