@@ -60,6 +60,7 @@ from sft_simulator import (
     TopK,
     UserError,
     append_jsonl,
+    check_same_run,
     check_top_k,
     console,
     draw_seed,
@@ -475,16 +476,6 @@ def check_settings(s: SimpleNamespace) -> None:
         raise UserError("--batch-size and --limit must be at least 1")
     if s.max_searches < 0 or s.tokens_per_turn < 1 or s.context_tokens <= s.tokens_per_turn:
         raise UserError("--max-searches must be at least 0, and --context-tokens hold more than --tokens-per-turn")
-
-
-def check_same_run(out: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError if OUT holds no run, or one with other settings."""
-    if not (out / "config.json").exists():
-        raise UserError(f"{out} holds no run to resume")
-    before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
-    now = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
-    if changed := [name for name, v in now.items() if name not in ("resume", "overwrite") and before.get(name) != v]:
-        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
 
 
 def whole_batches(predictions: Path, rows: Rows, batch_size: int) -> list[dict[str, Any]]:

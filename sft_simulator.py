@@ -34,7 +34,7 @@ import threading
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -155,7 +155,19 @@ def open_run(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
             raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite (or --resume, if offered)")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(describe_run(settings), indent=1) + "\n", encoding="utf-8")
+    temporary = out / "config.json.tmp"
+    temporary.write_text(json.dumps(describe_run(settings), indent=1) + "\n", encoding="utf-8")
+    temporary.rename(out / "config.json")  # never half of it: --resume reads it
+
+
+def check_same_run(out: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    """Raises UserError if OUT holds no run, or one with other settings, those that are `free` to change apart."""
+    if not (out / "config.json").exists():
+        raise UserError(f"{out} holds no run to resume")
+    before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
+    now = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+    if changed := [n for n, v in now.items() if n not in ("resume", "overwrite", *free) and before.get(n) != v]:
+        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
 
 
 def draw_seed(*parts: object) -> int:
@@ -317,11 +329,28 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of a model's parameters, gathered one at a time where they are sharded (on all ranks at once)."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter.detach())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def save_model(model, tokenizer, out: Path) -> None:
-    """Write model and tokenizer as a Hugging Face folder: to a temporary name first, then renamed."""
+    """Write model and tokenizer as a Hugging Face folder: to a temporary name first, then renamed.
+
+    All ranks call it, for sharded weights are gathered by all; the first one writes."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    weights = {name: tensor.cpu() if main else None for name, tensor in named_weights(model)}
+    if not main:
+        return
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
@@ -420,6 +449,7 @@ class HFGenerator:
         self.sleep()
 
     def sleep(self) -> None:
+        """Free the keys and values that are kept: gigabytes, which the update can use."""
         self.kept.clear()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
@@ -826,6 +856,19 @@ def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
 # ---------------------------------------------------------------- supervised training
 
 
+def make_accelerator(**options) -> Accelerator:
+    """The devices, as Accelerate's own config has them: bfloat16 arithmetic over float32 weights on each.
+
+    Under FSDP2 Accelerate would also round gradients between ranks and a model's outputs, our log-probs, to bfloat16."""
+    accelerator = Accelerator(mixed_precision="bf16", **options)
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # here, because importing it takes long
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return accelerator
+
+
 @dataclass
 class Sequence:
     """Token ids with a mask: 1 where the token is trained, 0 where it is only read."""
@@ -843,6 +886,7 @@ class TokenScorer(nn.Module):
     def __init__(self, model, chunk: int = 1024):
         super().__init__()
         self.model, self.chunk = model, chunk
+        self._no_split_modules = model._no_split_modules  # FSDP shards layer by layer; it looks for their names here
 
     def forward(self, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """ids, mask (B, T), right-padded -> log-probs and entropies (nats) of the N masked tokens, in row order: (N,)."""
@@ -994,7 +1038,7 @@ def train(
     settings = locals() | {"examples": len(examples)}
     wording = load_prompts(prompts)["simulator"]
     tokenizer, lm = load_tokenizer(model), load_model(model)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     if accelerator.is_main_process:
         open_run(out, settings, overwrite)
     accelerator.wait_for_everyone()
@@ -1009,8 +1053,8 @@ def train(
                   f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
     train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
                      batch_tokens=batch_tokens, seed=seed, label="simulator")  # fmt: skip
+    save_model(lm, tokenizer, out / "model")
     if accelerator.is_main_process:
-        save_model(lm, tokenizer, out / "model")
         console.print(f"simulator saved: {out / 'model'}")
 
 
