@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import make_model
 from torch import tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -267,3 +268,68 @@ def test_a_document_changes_no_gradient_that_does_not_depend_on_it():
     c, _ = gradient(saved_episodes())
     d, _ = gradient(saved_episodes(documents=[7] * 20))
     assert relative(c, d) > 1e-3  # and what comes after it does
+
+
+# ---------------------------------------------------------------- beside TRL
+
+
+def trl_loss(model, episodes, advantages, tokenizer, folder, *, beta, old, reference, **config):
+    """TRL's own GRPO loss on these episodes, and the gradient it leaves in the model."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    def padded(rows, side):
+        rows = [tensor(row[::-1] if side == "left" else row) for row in rows]
+        matrix = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return matrix.flip(1) if side == "left" else matrix
+
+    arguments = GRPOConfig(str(folder), per_device_train_batch_size=len(episodes), num_generations=2, use_cpu=True, bf16=False,
+                           gradient_checkpointing=False, report_to="none", temperature=1.0, **config)  # fmt: skip
+    trainer = GRPOTrainer(model, lambda completions, **kwargs: [0.0] * len(completions), arguments,
+                          Dataset.from_dict({"prompt": ["?"]}), processing_class=tokenizer)  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.beta = beta  # set late: a reference model would be loaded by its name, but its log-probs are given
+    prompts, completions = [e.ids[: e.prompt_tokens] for e in episodes], [e.ids[e.prompt_tokens :] for e in episodes]
+    inputs = {
+        "prompt_ids": padded(prompts, "left"),
+        "prompt_mask": padded([[1] * len(ids) for ids in prompts], "left"),
+        "completion_ids": padded(completions, "right"),
+        "completion_mask": padded([[1] * len(ids) for ids in completions], "right"),
+        "tool_mask": padded([e.mask[e.prompt_tokens :] for e in episodes], "right"),
+        "advantages": tensor(advantages, dtype=torch.float32),
+        "num_items_in_batch": tensor(sum(sum(e.mask) for e in episodes)),
+    }
+    mask = inputs["tool_mask"].bool()
+    for name, ragged in (("old_per_token_logps", old), ("ref_per_token_logps", reference)):
+        if ragged is not None:
+            inputs[name] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(ragged))
+    loss = trainer._compute_loss(trainer.model.train(), inputs)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize(("kl_coef", "off_policy", "trl_type"),
+                         [(0.0, False, "dapo"), (0.3, False, "dapo"), (0.3, True, "dapo"), (0.0, True, "bnpo")])  # fmt: skip
+def test_grpo_loss_and_gradient_equal_trls(kl_coef, off_policy, trl_type, tokenizer, tmp_path):
+    """Same ids, masks and advantages: ragged prompts, documents inside, k3 KL, ratios beyond both bounds of the clip."""
+    episodes = saved_episodes(seed=1, count=6)
+    advantages = [1.3, -0.8, 0.4, -0.4, 0.9, -1.1]
+    sequences = [rl.Sequence(e.ids, e.mask) for e in episodes]
+    scorer, other = (rl.TokenScorer(make_model(len(tokenizer), seed=seed, initializer_range=0.1)) for seed in (3, 4))
+    trainer = rl.Trainer(Accelerator(cpu=True), scorer, GradientKeeper(scorer.parameters(), lr=0.0))
+    policy, reference = (trainer.evaluate(module, sequences, 10**6) for module in (scorer, other))
+    generator = torch.Generator().manual_seed(0)
+    old = [x + 0.4 * torch.randn(x.shape, generator=generator) for x in policy] if off_policy else policy
+    s = settings(kl_coef=kl_coef, clip_low=0.2, clip_high=0.3, importance_cap=0.0, batch_tokens=60)
+    trainer.reference = other if kl_coef else None
+    targets = rl.Targets([torch.full_like(x, a) for x, a in zip(policy, advantages)], sampler=policy,
+                         old=old if off_policy else None, reference=reference if kl_coef else None)  # fmt: skip
+    tokens = sum(map(len, policy))
+    sums = rl.train_epoch(trainer, s, sequences, targets, list(range(6)), tokens, kl_in_loss=bool(kl_coef))
+    loss = float(sums["policy"] + kl_coef * sums["kl"]) / tokens
+    theirs, slow = trl_loss(scorer.model, episodes, advantages, tokenizer, tmp_path, beta=kl_coef, epsilon=0.2,
+                            epsilon_high=0.3, loss_type=trl_type, old=old if off_policy else None,
+                            reference=reference if kl_coef else None)  # fmt: skip
+    assert (float(sums["clipped"]) > 3) == off_policy  # the clip is at work where the ratios are not 1
+    assert loss == pytest.approx(theirs, rel=1e-4) and abs(theirs) > 1e-3
+    assert relative(trainer.optimizer.kept, slow / max(1.0, slow.norm().item())) < 1e-4  # the update clips the norm at 1
