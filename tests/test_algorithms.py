@@ -1,6 +1,7 @@
 """The mathematics of chapter 2 against independent references: hand-worked numbers, slow loops, other libraries."""
 
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -176,7 +177,15 @@ def exact_model(seed, dtype=torch.float64):
     return GPT2LMHeadModel(config).to(dtype)
 
 
-def gradient(episodes, dtype=torch.float64, **changes):
+def make_critic(dtype):
+    """A critic that already has opinions: its head starts at zero."""
+    critic = rl.Critic(exact_model(5, dtype)).to(dtype)
+    torch.manual_seed(6)
+    torch.nn.init.normal_(critic.head.weight, std=0.3)
+    return critic
+
+
+def gradient(episodes, dtype=torch.float64, keep_critic=False, **changes):
     """The gradient and metrics of one update of a tiny policy, in eager attention, without autocast."""
     s = settings(**changes)
     scorer = rl.TokenScorer(exact_model(3, dtype))
@@ -184,10 +193,11 @@ def gradient(episodes, dtype=torch.float64, **changes):
     if s.kl_coef:
         trainer.reference = rl.TokenScorer(exact_model(4, dtype)).requires_grad_(False)
     if s.algorithm == "ppo":
-        trainer.critic = rl.Critic(exact_model(5, dtype)).to(dtype)
-        torch.nn.init.normal_(trainer.critic.head.weight, std=0.3)
+        trainer.critic = make_critic(dtype)
         trainer.critic_optimizer = GradientKeeper(trainer.critic.parameters(), lr=0.0)
     metrics = rl.update(trainer, s, episodes, rl.PhaseClock())
+    if keep_critic:
+        return trainer.optimizer.kept, trainer.critic and trainer.critic_optimizer.kept
     return trainer.optimizer.kept, metrics
 
 
@@ -205,38 +215,93 @@ def relative(a, b):
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_gradient_is_the_same_however_the_batch_is_cut(changes, dtype, bound):
     """Micro-batches of one, of about three, of all; long and short side by side; the order of the groups."""
-    torch.manual_seed(0)
     episodes = saved_episodes()
     whole, metrics = gradient(episodes, dtype, **changes)
     assert whole.norm() > 1e-3
     for budget in (1, 3 * max(len(e.ids) for e in episodes)):
-        torch.manual_seed(0)
         cut, other = gradient(episodes, dtype, batch_tokens=budget, **changes)
         assert relative(cut, whole) <= bound
         assert other == pytest.approx(metrics, rel=1e-5, abs=1e-6)
-    torch.manual_seed(0)
     turned, _ = gradient(episodes[2:] + episodes[:2], dtype, **changes)
     assert relative(turned, whole) <= bound
 
 
-def test_every_policy_token_weighs_the_same():
-    """The gradient of the batch is the token-weighted mean of its episodes' gradients, computed one at a time by hand."""
-    episodes = saved_episodes()
-    whole, _ = gradient(episodes)
-    rewards = tensor([e.reward for e in episodes], dtype=torch.float64).view(2, 2)
-    advantages = rl.grpo_advantages(rewards, True).flatten()
-    model = exact_model(3)
-    loss = 0.0
-    for e, a in zip(episodes, advantages):
+def slow_advantages(s, episodes, groups, kl, values):
+    """Each token's advantage and return, in plain Python, one episode at a time. kl, values: a list a episode."""
+    flat = [e.reward for e in episodes]
+    advantages, returns = [], []
+    for e, penalties, v in zip(episodes, kl, values):
+        rewards = groups[e.id]
+        if s.algorithm == "reinforce":
+            others = (sum(rewards) - e.reward) / (len(rewards) - 1)
+            baseline = {"none": 0.0, "batch": sum(flat) / len(flat), "leave-one-out": others}[s.baseline]
+            advantages.append([e.reward - baseline] * len(penalties))
+        elif s.algorithm == "grpo":
+            spread = statistics.stdev(rewards) + 1e-6 if s.scale_rewards else 1.0
+            advantages.append([(e.reward - statistics.mean(rewards)) / spread] * len(penalties))
+        else:
+            paid = [-s.kl_coef * x for x in penalties]
+            paid[-1] += e.reward
+            gamma, lam = s.gamma, s.gae_lambda if s.algorithm == "ppo" else 1.0
+            v = [*v, 0.0] if s.algorithm == "ppo" else [0.0] * (len(paid) + 1)
+            deltas = [r + gamma * v[t + 1] - v[t] for t, r in enumerate(paid)]
+            advantages.append([sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(paid))])
+            returns.append([a + x for a, x in zip(advantages[-1], v)])
+    if s.algorithm in ("ppo", "reinforce++"):
+        tokens = [a for row in advantages for a in row]
+        centre, spread = statistics.mean(tokens), statistics.stdev(tokens) + 1e-8
+        advantages = [[(a - centre) / spread for a in row] for row in advantages]
+    return advantages, returns
+
+
+def slow_step(s, episodes, policy, reference, critic):
+    """The gradients of policy and critic that a step should take, a token at a time: no batch, no padding, no mask."""
+    def chosen(model, e):
         logprobs = model(tensor([e.ids])).logits[0].log_softmax(-1)
-        for t in range(1, len(e.ids)):
-            if e.mask[t]:
-                lp = logprobs[t - 1, e.ids[t]]
-                loss = loss - a * lp * min(math.exp(lp.item() - e.logprobs[t]), 2.0)
-    (loss / sum(sum(e.mask) for e in episodes)).backward()
-    slow = torch.cat([p.grad.flatten() for p in model.parameters()])
-    slow = slow / max(1.0, slow.norm().item())  # the update clips the norm at 1
-    assert relative(whole, slow) < 1e-6
+        return [logprobs[t - 1, e.ids[t]] for t in places(e)]
+
+    def places(e):
+        return [t for t in range(e.prompt_tokens, len(e.ids)) if e.mask[t] or not s.mask_documents]
+
+    groups = {e.id: [x.reward for x in episodes if x.id == e.id] for e in episodes}
+    own, others = [chosen(policy, e) for e in episodes], [chosen(reference, e) for e in episodes]
+    kl = [[(a - b).item() for a, b in zip(*pair)] for pair in zip(own, others)]
+    hidden = [critic.decoder(tensor([e.ids])).last_hidden_state[0] for e in episodes]
+    guesses = [[critic.head(h[t - 1])[0] for t in places(e)] for h, e in zip(hidden, episodes)]
+    advantages, returns = slow_advantages(s, episodes, groups, kl, [[v.item() for v in row] for row in guesses])
+    loss, value_loss, tokens = 0.0, 0.0, sum(map(len, own))
+    for i, e in enumerate(episodes):
+        for k, t in enumerate(places(e)):
+            weight = min(math.exp(own[i][k].item() - e.logprobs[t]), s.importance_cap) if e.mask[t] else 1.0
+            loss = loss - weight * advantages[i][k] * own[i][k] / tokens
+            if s.algorithm in ("reinforce", "grpo") and s.kl_coef:
+                d = others[i][k].detach() - own[i][k]
+                loss = loss + s.kl_coef * (d.exp() - d - 1) / tokens
+            if returns:
+                value_loss = value_loss + 0.5 * (guesses[i][k] - returns[i][k]) ** 2 / tokens
+    loss.backward()
+    if returns:
+        value_loss.backward()
+    slow = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (policy, critic)[: 1 + bool(returns)]]
+    return [g / max(1.0, g.norm().item()) for g in slow]  # the update clips each norm at 1
+
+
+@pytest.mark.parametrize("changes", [
+    dict(algorithm="reinforce", baseline="none"), dict(algorithm="reinforce", baseline="batch"),
+    dict(algorithm="reinforce", kl_coef=0.2), dict(algorithm="grpo"), dict(algorithm="grpo", scale_rewards=False, kl_coef=0.2),
+    dict(algorithm="grpo", kl_coef=0.2, mask_documents=False), dict(algorithm="reinforce++", kl_coef=0.2),
+    dict(algorithm="ppo", kl_coef=0.2), dict(algorithm="ppo", kl_coef=0.2, mask_documents=False),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("seed", range(2))
+def test_a_whole_step_equals_a_slow_one(changes, seed):
+    """Every trained token of the batch weighs the same, and gets what the algorithm's equation gives it."""
+    episodes, s = saved_episodes(seed, count=6), settings(**changes)
+    fast, critic = gradient(episodes, keep_critic=True, batch_tokens=40, **changes)
+    slow = slow_step(s, episodes, exact_model(3), exact_model(4), make_critic(torch.float64))
+    assert relative(fast, slow[0]) < 1e-6 and fast.norm() > 1e-3
+    assert (critic is None) == (len(slow) == 1)
+    if critic is not None:
+        assert relative(critic, slow[1]) < 1e-6
 
 
 def test_groups_without_variance_are_skipped_and_change_nothing():
