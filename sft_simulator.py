@@ -258,12 +258,13 @@ def fill(template: str, **values: object) -> str:
 def prompt_ids(tokenizer, system: str, user: str, start: str = "") -> list[int]:
     """Token ids of a prompt under the tokenizer's chat template (without one: system, user, blank line).
 
-    `start` is the beginning of the reply that the model continues."""
+    An empty part is left out. `start` is the beginning of the reply that the model continues."""
+    parts = {role: content for role, content in (("system", system), ("user", user)) if content}
     if tokenizer.chat_template:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        messages = [{"role": role, "content": content} for role, content in parts.items()]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
-        text = (tokenizer.bos_token or "") + f"{system}\n\n{user}\n\n"
+        text = (tokenizer.bos_token or "") + "".join(f"{content}\n\n" for content in parts.values())
     return encode(tokenizer, text + start)
 
 
@@ -1105,7 +1106,7 @@ def make_real_engine(name: str, corpus: Path, url: str | None, k: int) -> Search
     return HTTPEngine(url, k) if name == "http" else SerpApiEngine(k)
 
 
-DOCUMENT_START = re.compile(r"^[ \t]*(?:Document[ \t]*)?\[?\d+[\].:)][ \t]*", re.MULTILINE | re.IGNORECASE)
+DOCUMENT_START = re.compile(r"^[ \t]*(?:Doc(?:ument)?[ \t]*)?\[?\d+[\].:)][ \t]*", re.MULTILINE | re.IGNORECASE)
 
 
 def parse_documents(text: str) -> list[str]:
@@ -1175,7 +1176,8 @@ def simulator_prompt(tokenizer, prompts: dict[str, str], request: SearchRequest,
         "answer": neutralize(" or ".join(request.golden_answers[:5]), tokenizer),
         "query": neutralize(request.query[:QUERY_CHARACTERS], tokenizer),
     }
-    heading = fill(prompts["heading"], **values) + "\n"
+    heading = fill(prompts["heading"], **values)
+    heading += "\n" * bool(heading)
     return prompt_ids(tokenizer, fill(prompts["system"], **values), fill(prompts["user"], **values), start=heading)
 
 
@@ -1443,13 +1445,37 @@ def read_pairs(path: Path) -> list[Pair]:
     return [Pair(**{name: row[name] for name in names}) for row in read_jsonl(path, names)]
 
 
+def read_tuning_set(path: Path) -> list[Pair] | list[dict[str, str]]:
+    """Pairs as `label` writes them, or whole texts: `prompt, response` a line, as data/prepare.py writes released sets."""
+    rows = read_jsonl(path)
+    if "prompt" not in rows[0]:
+        return read_pairs(path)
+    for number, row in enumerate(rows, start=1):
+        texts = [row.get(name) for name in ("prompt", "response")]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{path}:{number}: prompt and response must be texts, and not empty")
+    return rows
+
+
+def tuning_sequence(example: Pair | dict[str, str], tokenizer, wording: dict[str, str], words: int) -> Sequence:
+    """A prompt, which is read, and the documents that follow it, which are trained."""
+    if isinstance(example, Pair):
+        prompt = simulator_prompt(tokenizer, wording, pair_request(example), len(example.documents), words)
+        response = format_documents([neutralize(document, tokenizer) for document in example.documents])
+    else:  # its prompt is whole: no system part, no heading; its lines are kept, for the documents are told apart by them
+        lines = {name: [neutralize(line, tokenizer) for line in example[name].split("\n")] for name in ("prompt", "response")}
+        prompt, response = prompt_ids(tokenizer, "", "\n".join(lines["prompt"])), "\n".join(lines["response"])
+    target = encode(tokenizer, response) + [tokenizer.eos_token_id]
+    return Sequence(prompt + target, [0] * len(prompt) + [1] * len(target))
+
+
 def pair_request(pair: Pair, seed: int = 0) -> SearchRequest:
     return SearchRequest(pair.query, pair.question, tuple(pair.golden_answers), pair.quality, seed)
 
 
 @app.command()
 def train(
-    pairs: Annotated[Path, typer.Argument(help="The tuning set, written by label.")],
+    pairs: Annotated[Path, typer.Argument(help="The tuning set: written by label, or JSONL of prompt and response.")],
     out: Annotated[Path, typer.Option(help="Run folder; the model goes to OUT/model.")],
     model: Annotated[str, typer.Option(help='"smollm2" (embedded), a Hub id or a folder.')] = "smollm2",
     epochs: int = 1,
@@ -1462,7 +1488,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model into a search engine whose quality is switched by its prompt."""
-    examples = read_pairs(pairs)
+    examples = read_tuning_set(pairs)
     settings = locals() | {"examples": len(examples)}
     wording = load_prompts(prompts)["simulator"]
     tokenizer, lm = load_tokenizer(model), load_model(model)
@@ -1471,12 +1497,7 @@ def train(
         open_run(out, settings, overwrite)
     accelerator.wait_for_everyone()
     transformers.set_seed(seed)
-    sequences = []
-    for pair in examples:
-        prompt = simulator_prompt(tokenizer, wording, pair_request(pair), len(pair.documents), words)
-        documents = [neutralize(document, tokenizer) for document in pair.documents]
-        target = encode(tokenizer, format_documents(documents)) + [tokenizer.eos_token_id]
-        sequences.append(Sequence(prompt + target, [0] * len(prompt) + [1] * len(target)))
+    sequences = [tuning_sequence(example, tokenizer, wording, words) for example in examples]
     console.print(f"{len(sequences)} pairs, {sum(len(s.ids) for s in sequences):,} tokens, "
                   f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
     train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,

@@ -222,6 +222,7 @@ def test_bm25_returns_the_best_k(jsonl):
 @pytest.mark.parametrize("text,documents", [
     ("1. a b\n2. c\n3. d", ["a b", "c", "d"]),
     ("Document 1: a\nstill a\nDocument 2: b", ["a\nstill a", "b"]),
+    ("Doc 1: a\nDoc 2: b", ["a", "b"]),
     ("[1] a\n[2] b", ["a", "b"]),
     ("no number at all", []),
     ("1. \n2. b", ["b"]),
@@ -332,6 +333,25 @@ def test_label_train_probe_search_run(run_script, jsonl, tiny, tmp_path):
     assert again.returncode == 2 and "--overwrite" in again.stderr
     shown = run_script("sft_simulator.py", "search", "capital of Peru", "--corpus", jsonl("corpus.jsonl", corpus_rows()))
     assert "The capital of Peru is Lima." in shown.stdout
+
+
+def test_released_tuning_sets_are_trained_as_they_stand(run_script, jsonl, tiny, tmp_path, tokenizer):
+    """Prompt and response, as data/prepare.py writes them: no system part, no heading, line breaks kept, tags harmless."""
+    rows = [{"prompt": "You are an engine.\nQuery: Lima <search>\nUseful Output:", "response": "Doc 1: a\nDoc 2: <|im_end|>"}]
+    path = jsonl("released.jsonl", rows * 8)
+    sequence = sim.tuning_sequence(sim.read_tuning_set(path)[0], tokenizer, {}, words=25)
+    read, trained = (tokenizer.decode([i for i, m in zip(sequence.ids, sequence.mask) if m == kind]) for kind in (0, 1))
+    user = "You are an engine.\nQuery: Lima (search)\nUseful Output:"
+    assert read == f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    assert trained == "Doc 1: a\nDoc 2: (|im_end|)<|im_end|>"
+    # An engine whose wording is the released one reads the same prompt.
+    wording = {"system": "", "user": "You are an engine.\nQuery: {query}\n{Quality} Output:", "heading": "", "useful_hint": ""}
+    request = sim.SearchRequest("Lima <search>")
+    assert sim.simulator_prompt(tokenizer, wording, request, 2, 25) == sequence.ids[: sequence.mask.index(1)]
+    run_script("sft_simulator.py", "train", path, "--model", tiny, "--out", tmp_path / "out", "--lr", "1e-3")
+    assert (tmp_path / "out/model/model.safetensors").exists()
+    with pytest.raises(sim.UserError, match="broken.jsonl:2: prompt and response"):
+        sim.read_tuning_set(jsonl("broken.jsonl", [rows[0], {"prompt": "p", "response": " "}]))
 
 
 @pytest.mark.parametrize("arguments,words", [
