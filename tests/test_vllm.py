@@ -2,6 +2,11 @@
 
 import os
 import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -156,3 +161,57 @@ def test_two_steps_of_training_with_vllm(run_script, tmp_path):
     lines = sim.read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 2
     assert all(np.isfinite(line["loss/policy"]) and line["loss/logprob_gap"] < 0.1 for line in lines)
+
+
+@pytest.fixture(scope="module")
+def server(vllm16, tmp_path_factory):
+    """A real vLLM server with the embedded model; gives its base address. (`vllm serve` of the CPU package fails.)"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(sim.fetch_smollm2()), "--port", str(port),
+               "--max-model-len", "4096", "--logprobs-mode", "processed_logprobs"]  # fmt: skip
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}  # it shares the cores
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"} | quiet
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_real_server_returns_the_ids_it_sampled(server, prompts):
+    """Its ids and log-probs are good enough to train on: those of the trainer, to bfloat16's precision."""
+    generator = sim.load_generator(server)
+    assert isinstance(generator, sim.ServerGenerator) and generator.tokenizer.eos_token == "<|im_end|>"
+    outputs = generator.generate(prompts[:40], Sampling(32, 1.0, ("</search>",)), list(range(40)))
+    trainer = teacher_forced(load_model("smollm2", torch.bfloat16), prompts[:40], outputs)
+    gaps = (torch.cat(trainer) - torch.tensor([lp for o in outputs for lp in o.logprobs])).abs()
+    assert gaps.median() < 0.02
+    again = generator.generate(prompts[:1] * 2, Sampling(24, 1.0), [5, 6])
+    assert again[0].ids != again[1].ids
+
+
+def test_a_real_server_plays_the_simulator_and_the_policy(server, run_script):
+    """Rollouts in threads, both models served; and the command a user tries first."""
+    policy, simulator = sim.load_generator(server), sim.load_generator(f"{server},{server}", needs_ids=False)
+    engine = sim.SimulatedEngine(simulator, simulator.tokenizer, 2, PROMPTS, max_tokens=24)
+    rows = sim.read_questions(ROOT / "data/world/dev.jsonl")[:4]
+    episodes = [rl.new_episode(row, 0, policy.tokenizer, PROMPTS) for row in rows]
+    settings = rl.RolloutSettings(max_searches=1, tokens_per_turn=16, context_tokens=1024)
+    rl.rollout(episodes, policy, policy.tokenizer, engine, PROMPTS, settings)
+    assert all(e.end and len(e.ids) == len(e.mask) == len(e.logprobs) and sum(e.mask) for e in episodes)
+    (result,) = engine.search([sim.SearchRequest("capital of Peru", "What is the capital of Peru?", ("Lima",))])
+    assert result.completion_tokens > 24 and result.error is None  # asked twice: 24 tokens are never two documents
+    done = run_script("sft_simulator.py", "search", "capital of Peru", "--engine", "simulator", "--simulator", server)
+    assert "simulator, useful" in done.stdout and "simulator, noisy" in done.stdout
