@@ -170,8 +170,8 @@ def server(vllm16, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(sim.fetch_smollm2()), "--port", str(port),
-               "--max-model-len", "4096", "--logprobs-mode", "processed_logprobs"]  # fmt: skip
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(sim.fetch_smollm2()),
+               "--port", str(port), "--max-model-len", "4096", "--logprobs-mode", "processed_logprobs"]  # fmt: skip
     quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}  # it shares the cores
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"} | quiet
     with open(log, "w") as output:
