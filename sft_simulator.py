@@ -720,8 +720,11 @@ class VLLMGenerator:
 
         self.tokenizer, self.sampling_params = load_tokenizer(name), vllm.SamplingParams
         # Log-probs of the distribution that is sampled, temperature included; a GPU's engine sleeps while others train.
+        # Of several processes each has an engine of its own, on its own device: what the launcher says, goes.
+        launched = "external_launcher" if torch.distributed.is_initialized() else None
         self.llm = vllm.LLM(resolve_model(name), dtype=dtype, seed=0, logprobs_mode="processed_logprobs",
-                            gpu_memory_utilization=0.35, enable_sleep_mode=torch.cuda.is_available())  # fmt: skip
+                            gpu_memory_utilization=0.35, enable_sleep_mode=torch.cuda.is_available(),
+                            distributed_executor_backend=launched)  # fmt: skip
         self.asleep = False
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()

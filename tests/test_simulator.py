@@ -71,6 +71,17 @@ def test_simulator_prompt_has_the_published_parts(tokenizer):
         assert text.lower().count(quality) == 2
 
 
+def test_a_simulator_that_is_only_prompted_sees_both_qualities_first(tokenizer):
+    """The paper's Prompt-3B rows: examples, then the same task as after fine-tuning."""
+    wording = sim.load_prompts(ROOT / "data" / "prompts-few-shot.toml")["simulator"]
+    request = sim.SearchRequest("capital of Peru", "Where is it?", ("Lima",), "noisy")
+    text = tokenizer.decode(sim.simulator_prompt(tokenizer, wording, request, 4, 33))
+    examples, task = text.split("Now the task")
+    assert "Useful output:\n1. " in examples and "Noisy output:\n1. " in examples
+    assert all(part in task for part in ("4 documents", "33 words", "noisy information", "Lima", "Query: capital of Peru"))
+    assert text.endswith("Noisy output:\n")
+
+
 def test_prompts_file_rewords_and_refuses_unknown_names(tmp_path):
     custom = tmp_path / "mine.toml"
     custom.write_text('[simulator]\nheading = "OUT {quality}:"\n')
