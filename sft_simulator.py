@@ -1568,6 +1568,8 @@ def probe(
             batch = examples[start : start + 64]
             # One output each, no retry: the share that parses is a property of the simulator.
             results += engine.ask([pair_request(p, draw_seed(seed, start + i)) for i, p in enumerate(batch)])
+            if errors := [result.error for result in results if result.error]:
+                raise UserError(errors[0])
             bar.update(task, advance=len(batch))
     figures = probe_figures(examples, results)
     show_probe(figures)

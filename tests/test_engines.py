@@ -158,7 +158,7 @@ FAULTS = {
     "deep JSON": (lambda handler, body: handler.reply(b"[" * 200_000), "another form"),
     "half a body": (half, "connection failed"),
     "half a chunk": (half_chunk, "connection failed"),
-    "hangs up": (lambda handler, body: handler.connection.close(), "connection failed"),
+    "hangs up": (lambda handler, body: setattr(handler, "close_connection", True), "connection failed"),
 }
 
 
@@ -458,6 +458,10 @@ def play_64(tokenizer, engine):
     episodes = [rl.new_episode(question(i // 4), i % 4, tokenizer, PROMPTS) for i in range(64)]
     limits = rl.RolloutSettings(4, 64, 4000, 300)
     rl.rollout(episodes, HashSampler(tokenizer), tokenizer, engine, PROMPTS, limits, noise=0.3, seed=5, step=2)
+    return episodes
+
+
+def records(episodes):
     return [episode.record() for episode in episodes]
 
 
@@ -475,8 +479,8 @@ def test_64_episodes_with_a_tenth_of_the_calls_failing_equal_those_without(serve
     sound, unsound = serve(searcher), serve(unsteady)
     expected = play_64(tokenizer, sim.HTTPEngine(sound.url, 2, STEADY, tmp_path / "a.sqlite"))
     seen = play_64(tokenizer, sim.HTTPEngine(unsound.url, 2, STEADY, tmp_path / "b.sqlite"))
-    assert failed["calls"] > 5 and sum(e["searches"] for e in expected) > 64
-    assert seen == expected
+    assert failed["calls"] > 5 and sum(e.searches for e in expected) > 64
+    assert records(seen) == records(expected)
 
 
 def bad_for(word):
@@ -485,17 +489,16 @@ def bad_for(word):
 
 def test_an_episode_whose_search_fails_is_left_out_and_the_others_are_not(serve, http_engine, tokenizer):
     expected = play_64(tokenizer, http_engine(serve(searcher).url, patience=STEADY))
-    seen = play_64(tokenizer, http_engine(serve(bad_for("7")).url, patience=STEADY))
-    lost = [e for e in seen if e["end"] == "failed"]
-    assert 0 < len(lost) < 64 and all("HTTP 400" in e["error"] and e["scores"] == {} for e in lost)
-    assert [e for e in seen if e["end"] != "failed"] == [e for e, s in zip(expected, seen) if s["end"] != "failed"]
-    episodes = [rl.Episode(**e) for e in seen]
-    for episode in episodes:
-        if episode.end != "failed":
-            rl.score(episode)
+    episodes = play_64(tokenizer, http_engine(serve(bad_for("7")).url, patience=STEADY))
+    lost = [e for e in episodes if e.end == "failed"]
+    assert 0 < len(lost) < 64 and all("HTTP 400" in e.error and not e.scores for e in lost)
+    kept = [e for e in episodes if e.end != "failed"]
+    assert records(kept) == records(e for e, seen in zip(expected, episodes) if seen.end != "failed")
+    for episode in kept:
+        rl.score(episode)
     metrics = rl.rollout_metrics(episodes, 4)
     assert metrics["search/failed"] == len(lost)
-    assert metrics["reward/answered"] == np.mean([e.answer is not None for e in episodes if e.end != "failed"])
+    assert metrics["reward/answered"] == np.mean([e.answer is not None for e in kept])
     errors = [e.error for e in episodes]
     rl.check_failures(errors, 0, len(lost))
     with pytest.raises(sim.UserError, match="HTTP 400"):
