@@ -719,12 +719,14 @@ class VLLMGenerator:
         import vllm
 
         self.tokenizer, self.sampling_params = load_tokenizer(name), vllm.SamplingParams
-        # Log-probs of the distribution that is sampled, temperature included; a GPU's engine sleeps while others train.
-        # Of several processes each has an engine of its own, on its own device: what the launcher says, goes.
-        launched = "external_launcher" if torch.distributed.is_initialized() else None
+        # Log-probs of the distribution that is sampled, temperature included. A GPU's engine sleeps while others train; a
+        # CPU's neither compiles, which takes minutes, nor cuts prompts in pieces: its seeds do not survive that.
+        device = dict(enable_sleep_mode=True) if torch.cuda.is_available() else dict(
+            enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=16384)  # fmt: skip
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # each of several processes has its own engine, on its own device
+            device["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(resolve_model(name), dtype=dtype, seed=0, logprobs_mode="processed_logprobs",
-                            gpu_memory_utilization=0.35, enable_sleep_mode=torch.cuda.is_available(),
-                            distributed_executor_backend=launched)  # fmt: skip
+                            gpu_memory_utilization=0.35, **device)  # fmt: skip
         self.asleep = False
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
@@ -746,8 +748,9 @@ class VLLMGenerator:
         while True:
             while not running or not self.inbox.empty():
                 prompt, params, future = self.inbox.get()  # with nothing to do, the thread sleeps here
+                request = str(next(numbers))
                 try:
-                    request = engine.add_request(str(next(numbers)), {"prompt_token_ids": prompt}, params)
+                    engine.add_request(request, {"prompt_token_ids": prompt}, params)
                     running[request] = future
                 except ValueError as error:  # longer than the model's context
                     future.set_exception(UserError(f"vLLM: {first_line(error)}"))
