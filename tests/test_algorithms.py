@@ -1,11 +1,13 @@
 """The mathematics of chapter 2 against independent references: hand-worked numbers, slow loops, other libraries."""
 
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import make_model
 from torch import tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -175,19 +177,31 @@ def exact_model(seed, dtype=torch.float64):
     return GPT2LMHeadModel(config).to(dtype)
 
 
-def gradient(episodes, dtype=torch.float64, **changes):
+def make_critic(dtype):
+    """A critic that already has opinions: its head starts at zero."""
+    critic = rl.Critic(exact_model(5, dtype)).to(dtype)
+    torch.manual_seed(6)
+    torch.nn.init.normal_(critic.head.weight, std=0.3)
+    return critic
+
+
+def gradient(episodes, dtype=torch.float64, keep_critic=False, **changes):
     """The gradient and metrics of one update of a tiny policy, in eager attention, without autocast."""
     s = settings(**changes)
-    scorer = rl.TokenScorer(exact_model(3, dtype))
-    trainer = rl.Trainer(Accelerator(cpu=True), scorer, GradientKeeper(scorer.parameters(), lr=0.0))
+    accelerator = Accelerator(cpu=True)  # under `accelerate launch` one rank of several
+
+    def prepare(module):
+        return accelerator.prepare(module, GradientKeeper(module.parameters(), lr=0.0))
+
+    trainer = rl.Trainer(accelerator, *prepare(rl.TokenScorer(exact_model(3, dtype))))
     if s.kl_coef:
         trainer.reference = rl.TokenScorer(exact_model(4, dtype)).requires_grad_(False)
     if s.algorithm == "ppo":
-        trainer.critic = rl.Critic(exact_model(5, dtype)).to(dtype)
-        torch.nn.init.normal_(trainer.critic.head.weight, std=0.3)
-        trainer.critic_optimizer = GradientKeeper(trainer.critic.parameters(), lr=0.0)
+        trainer.critic, trainer.critic_optimizer = prepare(make_critic(dtype))
     metrics = rl.update(trainer, s, episodes, rl.PhaseClock())
-    return trainer.optimizer.kept, metrics
+    if keep_critic:
+        return trainer.optimizer.optimizer.kept, trainer.critic and trainer.critic_optimizer.optimizer.kept
+    return trainer.optimizer.optimizer.kept, metrics
 
 
 ALGORITHMS = [dict(algorithm="grpo"), dict(algorithm="grpo", kl_coef=0.1), dict(algorithm="reinforce", baseline="none"),
@@ -204,38 +218,93 @@ def relative(a, b):
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_gradient_is_the_same_however_the_batch_is_cut(changes, dtype, bound):
     """Micro-batches of one, of about three, of all; long and short side by side; the order of the groups."""
-    torch.manual_seed(0)
     episodes = saved_episodes()
     whole, metrics = gradient(episodes, dtype, **changes)
     assert whole.norm() > 1e-3
     for budget in (1, 3 * max(len(e.ids) for e in episodes)):
-        torch.manual_seed(0)
         cut, other = gradient(episodes, dtype, batch_tokens=budget, **changes)
         assert relative(cut, whole) <= bound
         assert other == pytest.approx(metrics, rel=1e-5, abs=1e-6)
-    torch.manual_seed(0)
     turned, _ = gradient(episodes[2:] + episodes[:2], dtype, **changes)
     assert relative(turned, whole) <= bound
 
 
-def test_every_policy_token_weighs_the_same():
-    """The gradient of the batch is the token-weighted mean of its episodes' gradients, computed one at a time by hand."""
-    episodes = saved_episodes()
-    whole, _ = gradient(episodes)
-    rewards = tensor([e.reward for e in episodes], dtype=torch.float64).view(2, 2)
-    advantages = rl.grpo_advantages(rewards, True).flatten()
-    model = exact_model(3)
-    loss = 0.0
-    for e, a in zip(episodes, advantages):
+def slow_advantages(s, episodes, groups, kl, values):
+    """Each token's advantage and return, in plain Python, one episode at a time. kl, values: a list a episode."""
+    flat = [e.reward for e in episodes]
+    advantages, returns = [], []
+    for e, penalties, v in zip(episodes, kl, values):
+        rewards = groups[e.id]
+        if s.algorithm == "reinforce":
+            others = (sum(rewards) - e.reward) / (len(rewards) - 1)
+            baseline = {"none": 0.0, "batch": sum(flat) / len(flat), "leave-one-out": others}[s.baseline]
+            advantages.append([e.reward - baseline] * len(penalties))
+        elif s.algorithm == "grpo":
+            spread = statistics.stdev(rewards) + 1e-6 if s.scale_rewards else 1.0
+            advantages.append([(e.reward - statistics.mean(rewards)) / spread] * len(penalties))
+        else:
+            paid = [-s.kl_coef * x for x in penalties]
+            paid[-1] += e.reward
+            gamma, lam = s.gamma, s.gae_lambda if s.algorithm == "ppo" else 1.0
+            v = [*v, 0.0] if s.algorithm == "ppo" else [0.0] * (len(paid) + 1)
+            deltas = [r + gamma * v[t + 1] - v[t] for t, r in enumerate(paid)]
+            advantages.append([sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(paid))])
+            returns.append([a + x for a, x in zip(advantages[-1], v)])
+    if s.algorithm in ("ppo", "reinforce++"):
+        tokens = [a for row in advantages for a in row]
+        centre, spread = statistics.mean(tokens), statistics.stdev(tokens) + 1e-8
+        advantages = [[(a - centre) / spread for a in row] for row in advantages]
+    return advantages, returns
+
+
+def slow_step(s, episodes, policy, reference, critic):
+    """The gradients of policy and critic that a step should take, a token at a time: no batch, no padding, no mask."""
+    def chosen(model, e):
         logprobs = model(tensor([e.ids])).logits[0].log_softmax(-1)
-        for t in range(1, len(e.ids)):
-            if e.mask[t]:
-                lp = logprobs[t - 1, e.ids[t]]
-                loss = loss - a * lp * min(math.exp(lp.item() - e.logprobs[t]), 2.0)
-    (loss / sum(sum(e.mask) for e in episodes)).backward()
-    slow = torch.cat([p.grad.flatten() for p in model.parameters()])
-    slow = slow / max(1.0, slow.norm().item())  # the update clips the norm at 1
-    assert relative(whole, slow) < 1e-6
+        return [logprobs[t - 1, e.ids[t]] for t in places(e)]
+
+    def places(e):
+        return [t for t in range(e.prompt_tokens, len(e.ids)) if e.mask[t] or not s.mask_documents]
+
+    groups = {e.id: [x.reward for x in episodes if x.id == e.id] for e in episodes}
+    own, others = [chosen(policy, e) for e in episodes], [chosen(reference, e) for e in episodes]
+    kl = [[(a - b).item() for a, b in zip(*pair)] for pair in zip(own, others)]
+    hidden = [critic.decoder(tensor([e.ids])).last_hidden_state[0] for e in episodes]
+    guesses = [[critic.head(h[t - 1])[0] for t in places(e)] for h, e in zip(hidden, episodes)]
+    advantages, returns = slow_advantages(s, episodes, groups, kl, [[v.item() for v in row] for row in guesses])
+    loss, value_loss, tokens = 0.0, 0.0, sum(map(len, own))
+    for i, e in enumerate(episodes):
+        for k, t in enumerate(places(e)):
+            weight = min(math.exp(own[i][k].item() - e.logprobs[t]), s.importance_cap) if e.mask[t] else 1.0
+            loss = loss - weight * advantages[i][k] * own[i][k] / tokens
+            if s.algorithm in ("reinforce", "grpo") and s.kl_coef:
+                d = others[i][k].detach() - own[i][k]
+                loss = loss + s.kl_coef * (d.exp() - d - 1) / tokens
+            if returns:
+                value_loss = value_loss + 0.5 * (guesses[i][k] - returns[i][k]) ** 2 / tokens
+    loss.backward()
+    if returns:
+        value_loss.backward()
+    slow = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (policy, critic)[: 1 + bool(returns)]]
+    return [g / max(1.0, g.norm().item()) for g in slow]  # the update clips each norm at 1
+
+
+@pytest.mark.parametrize("changes", [
+    dict(algorithm="reinforce", baseline="none"), dict(algorithm="reinforce", baseline="batch"),
+    dict(algorithm="reinforce", kl_coef=0.2), dict(algorithm="grpo"), dict(algorithm="grpo", scale_rewards=False, kl_coef=0.2),
+    dict(algorithm="grpo", kl_coef=0.2, mask_documents=False), dict(algorithm="reinforce++", kl_coef=0.2),
+    dict(algorithm="ppo", kl_coef=0.2), dict(algorithm="ppo", kl_coef=0.2, mask_documents=False),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("seed", range(2))
+def test_a_whole_step_equals_a_slow_one(changes, seed):
+    """Every trained token of the batch weighs the same, and gets what the algorithm's equation gives it."""
+    episodes, s = saved_episodes(seed, count=6), settings(**changes)
+    fast, critic = gradient(episodes, keep_critic=True, batch_tokens=40, **changes)
+    slow = slow_step(s, episodes, exact_model(3), exact_model(4), make_critic(torch.float64))
+    assert relative(fast, slow[0]) < 1e-6 and fast.norm() > 1e-3
+    assert (critic is None) == (len(slow) == 1)
+    if critic is not None:
+        assert relative(critic, slow[1]) < 1e-6
 
 
 def test_groups_without_variance_are_skipped_and_change_nothing():
@@ -267,3 +336,68 @@ def test_a_document_changes_no_gradient_that_does_not_depend_on_it():
     c, _ = gradient(saved_episodes())
     d, _ = gradient(saved_episodes(documents=[7] * 20))
     assert relative(c, d) > 1e-3  # and what comes after it does
+
+
+# ---------------------------------------------------------------- beside TRL
+
+
+def trl_loss(model, episodes, advantages, tokenizer, folder, *, beta, old, reference, **config):
+    """TRL's own GRPO loss on these episodes, and the gradient it leaves in the model."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    def padded(rows, side):
+        rows = [tensor(row[::-1] if side == "left" else row) for row in rows]
+        matrix = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return matrix.flip(1) if side == "left" else matrix
+
+    arguments = GRPOConfig(str(folder), per_device_train_batch_size=len(episodes), num_generations=2, use_cpu=True, bf16=False,
+                           gradient_checkpointing=False, report_to="none", temperature=1.0, **config)  # fmt: skip
+    trainer = GRPOTrainer(model, lambda completions, **kwargs: [0.0] * len(completions), arguments,
+                          Dataset.from_dict({"prompt": ["?"]}), processing_class=tokenizer)  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.beta = beta  # set late: a reference model would be loaded by its name, but its log-probs are given
+    prompts, completions = [e.ids[: e.prompt_tokens] for e in episodes], [e.ids[e.prompt_tokens :] for e in episodes]
+    inputs = {
+        "prompt_ids": padded(prompts, "left"),
+        "prompt_mask": padded([[1] * len(ids) for ids in prompts], "left"),
+        "completion_ids": padded(completions, "right"),
+        "completion_mask": padded([[1] * len(ids) for ids in completions], "right"),
+        "tool_mask": padded([e.mask[e.prompt_tokens :] for e in episodes], "right"),
+        "advantages": tensor(advantages, dtype=torch.float32),
+        "num_items_in_batch": tensor(sum(sum(e.mask) for e in episodes)),
+    }
+    mask = inputs["tool_mask"].bool()
+    for name, ragged in (("old_per_token_logps", old), ("ref_per_token_logps", reference)):
+        if ragged is not None:
+            inputs[name] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(ragged))
+    loss = trainer._compute_loss(trainer.model.train(), inputs)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize(("kl_coef", "off_policy", "trl_type"),
+                         [(0.0, False, "dapo"), (0.3, False, "dapo"), (0.3, True, "dapo"), (0.0, True, "bnpo")])  # fmt: skip
+def test_grpo_loss_and_gradient_equal_trls(kl_coef, off_policy, trl_type, tokenizer, tmp_path):
+    """Same ids, masks and advantages: ragged prompts, documents inside, k3 KL, ratios beyond both bounds of the clip."""
+    episodes = saved_episodes(seed=1, count=6)
+    advantages = [1.3, -0.8, 0.4, -0.4, 0.9, -1.1]
+    sequences = [rl.Sequence(e.ids, e.mask) for e in episodes]
+    scorer, other = (rl.TokenScorer(make_model(len(tokenizer), seed=seed, initializer_range=0.1)) for seed in (3, 4))
+    trainer = rl.Trainer(Accelerator(cpu=True), scorer, GradientKeeper(scorer.parameters(), lr=0.0))
+    policy, reference = (trainer.evaluate(module, sequences, 10**6) for module in (scorer, other))
+    generator = torch.Generator().manual_seed(0)
+    old = [x + 0.4 * torch.randn(x.shape, generator=generator) for x in policy] if off_policy else policy
+    s = settings(kl_coef=kl_coef, clip_low=0.2, clip_high=0.3, importance_cap=0.0, batch_tokens=60)
+    trainer.reference = other if kl_coef else None
+    targets = rl.Targets([torch.full_like(x, a) for x, a in zip(policy, advantages)], sampler=policy,
+                         old=old if off_policy else None, reference=reference if kl_coef else None)  # fmt: skip
+    tokens = sum(map(len, policy))
+    sums = rl.train_epoch(trainer, s, sequences, targets, list(range(6)), tokens, kl_in_loss=bool(kl_coef))
+    loss = float(sums["policy"] + kl_coef * sums["kl"]) / tokens
+    theirs, slow = trl_loss(scorer.model, episodes, advantages, tokenizer, tmp_path, beta=kl_coef, epsilon=0.2,
+                            epsilon_high=0.3, loss_type=trl_type, old=old if off_policy else None,
+                            reference=reference if kl_coef else None)  # fmt: skip
+    assert (float(sums["clipped"]) > 3) == off_policy  # the clip is at work where the ratios are not 1
+    assert loss == pytest.approx(theirs, rel=1e-4) and abs(theirs) > 1e-3
+    assert relative(trainer.optimizer.kept, slow / max(1.0, slow.norm().item())) < 1e-4  # the update clips the norm at 1

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,8 @@ def test_metric_from_the_repository_from_elsewhere_and_under_accelerate(tmp_path
 class Script:
     """A generator that says what it is told to, in order, and remembers what it was given to read."""
 
+    concurrent = False
+
     def __init__(self, tokenizer, *texts: str):
         self.tokenizer, self.texts, self.prompts = tokenizer, list(texts), []
 
@@ -330,6 +334,44 @@ def test_resumed_run_ends_like_an_uninterrupted_one(tiny, tmp_path, jsonl):
             assert without_seconds(out) == (whole, results)
         kept = sum(a == b for a, b in zip(data.splitlines(), (out / "predictions.jsonl").read_bytes().splitlines()))
         assert kept < 100  # the last cut left nothing: all of it was run again, in other seconds
+
+
+@pytest.mark.parametrize(("number", "kills"), [(40, 1), pytest.param(100, 3, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_to_the_same_results(tiny, tmp_path, jsonl, number, kills):
+    """SIGKILL at random moments of the answering; each resume goes on, and the end is the uninterrupted run's."""
+    data = jsonl("q.jsonl", questions(number))
+    corpus = jsonl("corpus.jsonl", [{"title": "t", "text": f"number {i} is {i}"} for i in range(9)])
+    common = ["--model", tiny, "--data", data, "--corpus", corpus, "--method", "ra-agent", "--max-searches", 2,
+              "--tokens-per-turn", 120, "--batch-size", 4, "--context-tokens", 900]  # fmt: skip
+    command = [sys.executable, ROOT / "evaluate.py", "run", *common, "--out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(out: Path, *extra: str) -> subprocess.Popen:
+        arguments = [str(part) for part in (*command, out, *extra)]
+        return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def lines(out: Path) -> int:
+        file = out / "predictions.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    rng, killed = random.Random(number), tmp_path / "killed"
+    whole = start(tmp_path / "whole")
+    goals = sorted(rng.sample(range(0, number - 8), kills))
+    for place, goal in enumerate(goals):
+        process = start(killed, *["--resume"] * (place > 0))
+        while lines(killed) <= goal:
+            assert process.poll() is None, process.stderr.read().decode()[-2000:]
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.3)  # a batch lasts about as long
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert goal < lines(killed) < number and not (killed / "results.json").exists()
+    process = start(killed, "--resume")
+    for finished in (process, whole):
+        assert finished.wait(timeout=240) == 0, finished.stderr.read().decode()[-2000:]
+    records, results = without_seconds(tmp_path / "whole")
+    assert without_seconds(killed) == (records, results)
+    assert [record["id"] for record in records] == [f"q{i}" for i in range(number)]
 
 
 def test_whole_batches(tmp_path):
@@ -621,8 +663,8 @@ def test_prepare_training_sets(prepare, tmp_path):
 ])  # fmt: skip
 def test_prepare_tuning_sets(prepare, tmp_path, row):
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "train.jsonl").write_text(json.dumps(row) + "\n")
-    assert prepare.prepare("simulation-wiki", str(tmp_path / "hub"))[0] == [{"prompt": "ask", "response": "tell"}]
+    (tmp_path / "hub" / "SimulationTuning_wiki_dataset.json").write_text(json.dumps([row] * 2))  # the one file of the Hub's
+    assert prepare.prepare("simulation-wiki", str(tmp_path / "hub"))[0] == [{"prompt": "ask", "response": "tell"}] * 2
 
 
 def test_prepare_names_file_and_line(prepare, tmp_path, monkeypatch, capsys):

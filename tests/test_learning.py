@@ -27,13 +27,20 @@ BUDGETS = {  # steps, then what differs from plain settings
 }
 
 
+def task_tokenizer():
+    """The tests' tokenizer, with a token for each tag: an action is three tokens long, and the middle one is the choice."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{slash}{tag}>" for tag in ("search", "information", "answer") for slash in ("", "/")])
+    return tokenizer
+
+
 class Letters:
     """A search engine whose one document repeats the golden answer of whoever asks."""
 
     name = "letters"
 
     def search(self, requests):
-        return [sim.SearchResult([request.golden_answers[0] * 24]) for request in requests]
+        return [sim.SearchResult([request.golden_answers[0] * 8]) for request in requests]
 
 
 def task(draw, count):
@@ -45,7 +52,7 @@ def taught_the_form(tokenizer, folder, draw):
     sequences = []
     for row in task(draw, 1600):
         episode = rl.new_episode(row, 0, tokenizer, PROMPTS)
-        document = [row["golden_answers"][0] * 24]
+        document = [row["golden_answers"][0] * 8]
         search, answer = (sim.encode(tokenizer, t) for t in ("<search>q</search>", f"<answer>{draw.choice(LETTERS)}</answer>"))
         episode.write(search, [0.0] * len(search))
         episode.read(rl.observation_ids(tokenizer, document, 64) + sim.encode(tokenizer, ".\n"))
@@ -60,7 +67,7 @@ def taught_the_form(tokenizer, folder, draw):
 def learn(algorithm, seed, folder):
     """Mean rewards before training and over the last five steps."""
     torch.manual_seed(seed)
-    tokenizer, draw = make_tokenizer(), random.Random(seed)
+    tokenizer, draw = task_tokenizer(), random.Random(seed)
     steps, changes = BUDGETS[algorithm]
     s = settings(algorithm=algorithm, rollouts=8, gamma=1.0, gae_lambda=1.0, **changes)
     model = taught_the_form(tokenizer, folder, draw)

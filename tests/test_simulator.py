@@ -71,6 +71,17 @@ def test_simulator_prompt_has_the_published_parts(tokenizer):
         assert text.lower().count(quality) == 2
 
 
+def test_a_simulator_that_is_only_prompted_sees_both_qualities_first(tokenizer):
+    """The paper's Prompt-3B rows: examples, then the same task as after fine-tuning."""
+    wording = sim.load_prompts(ROOT / "data" / "prompts-few-shot.toml")["simulator"]
+    request = sim.SearchRequest("capital of Peru", "Where is it?", ("Lima",), "noisy")
+    text = tokenizer.decode(sim.simulator_prompt(tokenizer, wording, request, 4, 33))
+    examples, task = text.split("Now the task")
+    assert "Useful output:\n1. " in examples and "Noisy output:\n1. " in examples
+    assert all(part in task for part in ("4 documents", "33 words", "noisy information", "Lima", "Query: capital of Peru"))
+    assert text.endswith("Noisy output:\n")
+
+
 def test_prompts_file_rewords_and_refuses_unknown_names(tmp_path):
     custom = tmp_path / "mine.toml"
     custom.write_text('[simulator]\nheading = "OUT {quality}:"\n')
@@ -222,6 +233,7 @@ def test_bm25_returns_the_best_k(jsonl):
 @pytest.mark.parametrize("text,documents", [
     ("1. a b\n2. c\n3. d", ["a b", "c", "d"]),
     ("Document 1: a\nstill a\nDocument 2: b", ["a\nstill a", "b"]),
+    ("Doc 1: a\nDoc 2: b", ["a", "b"]),
     ("[1] a\n[2] b", ["a", "b"]),
     ("no number at all", []),
     ("1. \n2. b", ["b"]),
@@ -233,6 +245,8 @@ def test_parsing_of_simulated_documents(text, documents):
 
 class ScriptedGenerator:
     """Answers prompts from a list, and remembers what it was asked."""
+
+    concurrent = False
 
     def __init__(self, tokenizer, replies):
         self.tokenizer, self.replies, self.prompts, self.seeds = tokenizer, list(replies), [], []
@@ -274,6 +288,16 @@ def test_label_balances():
     pairs = sim.balance(sim.label_pairs(records, k=2), None, seed=0)
     assert sorted(p.quality for p in pairs) == ["noisy", "noisy", "useful", "useful"]
     assert pairs == sim.balance(sim.label_pairs(records[::-1], k=2), None, seed=0)  # the order of the file is nothing
+
+
+def test_a_limited_set_holds_few_bridge_queries():
+    """A quarter, or as many as it takes: their useful documents lack the answer that the prompt tells."""
+    twin = lambda query, target: [sim.Pair("q", ["gold"], query, [target], quality, ["d"]) for quality in ("useful", "noisy")]  # noqa: E731
+    pairs = [p for i in range(20) for p in twin(f"final {i}", "gold") + twin(f"bridge {i}", "other")]
+    for limit, bridges in ((16, 2), (40, 5), (64, 12)):
+        kept = sim.balance(pairs, limit, seed=0)
+        assert len(kept) == limit and sum(p.query.startswith("bridge") for p in kept) == 2 * bridges
+        assert all(a.query == b.query for a, b in zip(kept[::2], kept[1::2]))
 
 
 # ---------------------------------------------------------------- supervised training
@@ -330,6 +354,25 @@ def test_label_train_probe_search_run(run_script, jsonl, tiny, tmp_path):
     assert again.returncode == 2 and "--overwrite" in again.stderr
     shown = run_script("sft_simulator.py", "search", "capital of Peru", "--corpus", jsonl("corpus.jsonl", corpus_rows()))
     assert "The capital of Peru is Lima." in shown.stdout
+
+
+def test_released_tuning_sets_are_trained_as_they_stand(run_script, jsonl, tiny, tmp_path, tokenizer):
+    """Prompt and response, as data/prepare.py writes them: no system part, no heading, line breaks kept, tags harmless."""
+    rows = [{"prompt": "You are an engine.\nQuery: Lima <search>\nUseful Output:", "response": "Doc 1: a\nDoc 2: <|im_end|>"}]
+    path = jsonl("released.jsonl", rows * 8)
+    sequence = sim.tuning_sequence(sim.read_tuning_set(path)[0], tokenizer, {}, words=25)
+    read, trained = (tokenizer.decode([i for i, m in zip(sequence.ids, sequence.mask) if m == kind]) for kind in (0, 1))
+    user = "You are an engine.\nQuery: Lima (search)\nUseful Output:"
+    assert read == f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    assert trained == "Doc 1: a\nDoc 2: (|im_end|)<|im_end|>"
+    # An engine whose wording is the released one reads the same prompt.
+    wording = {"system": "", "user": "You are an engine.\nQuery: {query}\n{Quality} Output:", "heading": "", "useful_hint": ""}
+    request = sim.SearchRequest("Lima <search>")
+    assert sim.simulator_prompt(tokenizer, wording, request, 2, 25) == sequence.ids[: sequence.mask.index(1)]
+    run_script("sft_simulator.py", "train", path, "--model", tiny, "--out", tmp_path / "out", "--lr", "1e-3")
+    assert (tmp_path / "out/model/model.safetensors").exists()
+    with pytest.raises(sim.UserError, match="broken.jsonl:2: prompt and response"):
+        sim.read_tuning_set(jsonl("broken.jsonl", [rows[0], {"prompt": "p", "response": " "}]))
 
 
 @pytest.mark.parametrize("arguments,words", [

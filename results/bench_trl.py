@@ -1,0 +1,329 @@
+"""Optimisation steps of this kit and of TRL's GRPOTrainer on one machine: `make bench-trl` writes results/trl.md.
+
+Two workloads of 64 rollouts of 8 prompts, in bfloat16 autocast over float32 weights, without KL:
+
+\b
+    equal   145 prompt tokens and 64 sampled ones each: generation with Transformers on either side, then the update
+    real    episodes of a training run (ragged, documents inside), given to both; TRL gets them by its rollout_func
+
+Every measurement is a process of its own, for peak memory is a process's; it takes one step to warm up, then a timed one.
+The two sides take turns, and figures are medians over the pairs. Rewards are set to 0 and 1 in turn within each
+group, so that neither side has a group without advantage to skip.
+"""
+
+import inspect
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import torch
+import transformers
+import typer
+from accelerate import Accelerator
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import sft_simulator as sim
+import train_rl as rl
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Model = Annotated[str, typer.Option(help='"smollm2" (embedded), a Hub id or a folder.')]
+Episodes = Annotated[Path, typer.Option(help="real: episodes.jsonl of a training run.")]
+Prompts = Annotated[int, typer.Option(help="Prompts a step.")]
+Rollouts = Annotated[int, typer.Option(help="Rollouts of each.")]
+PromptTokens = Annotated[int, typer.Option(help="equal: tokens a prompt.")]
+CompletionTokens = Annotated[int, typer.Option(help="equal: tokens a completion.")]
+BatchTokens = Annotated[int, typer.Option(help="Ours: tokens a micro-batch.")]
+TrlBatch = Annotated[int, typer.Option(help="TRL: sequences a micro-batch (per_device_train_batch_size).")]
+RUN = sim.ROOT / "runs" / "demo" / "policy" / "episodes.jsonl"
+
+
+# ---------------------------------------------------------------- workloads
+
+
+def equal_prompts(tokenizer, count: int, length: int) -> list[str]:
+    """Texts of exactly so many tokens: questions of the demo's world, one after the other, cut."""
+    questions = [row["question"] for row in sim.read_questions(sim.ROOT / "data/world/train.jsonl")]
+    texts = []
+    for start in range(len(questions) - 100):
+        text = tokenizer.decode(tokenizer(" ".join(questions[start : start + 100]))["input_ids"][:length])
+        if len(tokenizer(text)["input_ids"]) == length:  # not if the cut fell within a character
+            texts.append(text)
+        if len(texts) == count:
+            return texts
+    raise sim.UserError(f"no {count} texts of {length} tokens could be made")
+
+
+def real_episodes(path: Path, prompts: int, rollouts: int) -> list[rl.Episode]:
+    """The first groups of a run, as they were played."""
+    names, groups = {f.name for f in fields(rl.Episode)}, {}
+    for row in sim.read_jsonl(path, ("step", "id", "ids", "mask", "prompt_tokens")):
+        groups.setdefault((row["step"], row["id"]), []).append(rl.Episode(**{n: v for n, v in row.items() if n in names}))
+    whole = [group[:rollouts] for group in groups.values() if len(group) >= rollouts][:prompts]
+    if len(whole) < prompts:
+        raise sim.UserError(f"{path}: fewer than {prompts} groups of {rollouts} episodes")
+    return [episode for group in whole for episode in group]
+
+
+def set_rewards(episodes: list[rl.Episode]) -> None:
+    for i, episode in enumerate(episodes):
+        episode.reward = float(i % 2)
+
+
+# ---------------------------------------------------------------- one measurement
+
+
+def measure_ours(s: SimpleNamespace) -> dict[str, Any]:
+    """Two steps of the kit's own functions; figures of the second."""
+    accelerator = Accelerator(mixed_precision="bf16")
+    tokenizer = sim.load_tokenizer(s.model)
+    settings = {name: p.default for name, p in inspect.signature(rl.train).parameters.items()}
+    changes = {"model": s.model, "rollouts": s.rollouts, "kl_coef": 0.0, "importance_cap": 0.0, "batch_tokens": s.batch_tokens}
+    trainer = rl.make_trainer(accelerator, options := SimpleNamespace(**settings | changes))
+    generator, norms = None, []
+    if s.workload == "equal":
+        generator = sim.load_generator(s.model, device=accelerator.device)
+        generator.tokenizer = SimpleNamespace(eos_token_id=-1)  # every completion has its full length
+        ids = [tokenizer(text)["input_ids"] for text in equal_prompts(tokenizer, s.prompts, s.prompt_tokens)]
+    for step in range(2):
+        clock, episodes = rl.PhaseClock(), []
+        if s.workload == "real":
+            episodes = real_episodes(s.episodes, s.prompts, s.rollouts)
+        else:
+            with clock("rollout"):
+                prompts = [prompt for prompt in ids for _ in range(s.rollouts)]
+                seeds = [step * 1000 + i for i in range(len(prompts))]
+                sampled = generator.generate(prompts, sim.Sampling(s.completion_tokens), seeds)
+            for prompt, generation in zip(prompts, sampled):
+                episodes.append(episode := rl.Episode("", "", []))
+                episode.read(prompt)
+                episode.prompt_tokens = len(prompt)
+                episode.write(generation.ids, generation.logprobs)
+        set_rewards(episodes)
+        norms.append(rl.update(trainer, options, episodes, clock)["loss/grad_norm"])
+        if generator:
+            with clock("sync"):
+                generator.load_weights(rl.named_weights(accelerator.unwrap_model(trainer.policy).model))
+        seconds = clock.metrics()
+    rollout = seconds.get("time/rollout", 0.0)
+    update = seconds["time/reference"] + seconds["time/update"]
+    return {"rollout": rollout, "update": update, "step": seconds["time/step"], "grad_norm": norms[0]} | counts(episodes)
+
+
+def measure_trl(s: SimpleNamespace) -> dict[str, Any]:
+    """Two steps of GRPOTrainer.train; figures of the second. What is no rollout, but in the step, is its update."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = sim.load_tokenizer(s.model)
+    stored, drawn, timings = [], Counter(), []
+
+    class Timed(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            begun = time.perf_counter()
+            output = super()._generate_and_score_completions(inputs)
+            timings[-1]["rollout"] = time.perf_counter() - begun
+            timings[-1]["tokens"] = int(output["prompt_mask"].sum() + output["completion_mask"].sum())
+            mask = output["completion_mask"] * output.get("tool_mask", 1)
+            timings[-1]["trained"] = int(mask.sum())
+            return output
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            timings.append({"begun": time.perf_counter()})
+
+        def on_step_end(self, args, state, control, **kwargs):
+            timings[-1]["step"] = time.perf_counter() - timings[-1]["begun"]
+
+    def replay(prompts: list[str], trainer) -> dict[str, list]:
+        """TRL's hook for rollouts made elsewhere: env_mask is 0 at the tokens of documents."""
+        chosen = []
+        for prompt in prompts:
+            chosen.append(stored[int(prompt) * s.rollouts + drawn[prompt] % s.rollouts])
+            drawn[prompt] += 1
+        return {
+            "prompt_ids": [e.ids[: e.prompt_tokens] for e in chosen],
+            "completion_ids": [e.ids[e.prompt_tokens :] for e in chosen],
+            "logprobs": [e.logprobs[e.prompt_tokens :] for e in chosen],
+            "env_mask": [e.mask[e.prompt_tokens :] for e in chosen],
+        }
+
+    def alternate(completions, **kwargs) -> list[float]:
+        return [float(i % 2) for i in range(len(completions))]
+
+    if s.workload == "real":
+        stored = real_episodes(s.episodes, s.prompts, s.rollouts)
+        texts = [str(i) for i in range(s.prompts)]
+    else:
+        texts = equal_prompts(tokenizer, s.prompts, s.prompt_tokens)
+    model = sim.load_model(s.model).train()
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, max_steps=2, per_device_train_batch_size=s.trl_batch,
+            gradient_accumulation_steps=s.prompts * s.rollouts // s.trl_batch, num_generations=s.rollouts,
+            max_completion_length=s.completion_tokens, generation_kwargs={"min_new_tokens": s.completion_tokens},
+            temperature=1.0, beta=0.0, loss_type="dapo", learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0,
+            optim="adamw_torch_fused", bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+            dataloader_pin_memory=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = Timed(model, alternate, config, Dataset.from_dict({"prompt": texts}), processing_class=tokenizer,
+                        callbacks=[Clock()], rollout_func=replay if stored else None)  # fmt: skip
+        trainer.train()
+    last = timings[-1]
+    norm = next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
+    update = last["step"] - last["rollout"]
+    return {"rollout": last["rollout"], "update": update, "step": last["step"], "grad_norm": norm,
+            "tokens": last["tokens"], "trained": last["trained"]}  # fmt: skip
+
+
+def counts(episodes: list[rl.Episode]) -> dict[str, int]:
+    return {"tokens": sum(len(e.ids) for e in episodes), "trained": sum(sum(e.mask) for e in episodes)}
+
+
+@app.command()
+def measure(
+    side: Annotated[Literal["ours", "trl"], typer.Argument()],
+    workload: Annotated[Literal["equal", "real"], typer.Argument()],
+    model: Model = "smollm2",
+    episodes: Episodes = RUN,
+    prompts: Prompts = 8,
+    rollouts: Rollouts = 8,
+    prompt_tokens: PromptTokens = 145,
+    completion_tokens: CompletionTokens = 64,
+    batch_tokens: BatchTokens = 4096,
+    trl_batch: TrlBatch = 8,
+) -> None:
+    """One measurement; prints it as a line of JSON. Seconds, tokens, bytes."""
+    s = SimpleNamespace(**locals())
+    transformers.set_seed(0)
+    result = (measure_ours if side == "ours" else measure_trl)(s)
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(result | {"peak": peak}))
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def matrix_rate(size: int = 4096, repeats: int = 5) -> float:
+    """FLOP/s of a bfloat16 product of two square matrices, the median of some; what 100 % of MFU means here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def useful_flops(model, tokens: int, trained: int) -> float:
+    """6 a body parameter and token, 6 a head parameter and trained position; embeddings and attention are not counted."""
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.get_decoder().parameters()) - model.get_input_embeddings().weight.numel()
+    return 6 * body * tokens + 6 * head * trained
+
+
+@app.command()
+def compare(
+    out: Annotated[Path, typer.Option(help="Where the tables go (Markdown).")] = sim.ROOT / "results" / "trl.md",
+    pairs: Annotated[int, typer.Option(help="Pairs of measurements for each workload.")] = 3,
+    matrix: Annotated[int, typer.Option(help="Side of the square matrices of the reference product.")] = 4096,
+    model: Model = "smollm2",
+    episodes: Episodes = RUN,
+    prompts: Prompts = 8,
+    rollouts: Rollouts = 8,
+    prompt_tokens: PromptTokens = 145,
+    completion_tokens: CompletionTokens = 64,
+    batch_tokens: BatchTokens = 4096,
+    trl_batch: TrlBatch = 8,
+) -> None:
+    """Measure both workloads on both sides in turn, and write the tables."""
+    s = SimpleNamespace(**locals())
+    if prompts * rollouts % trl_batch:
+        raise sim.UserError(f"{prompts} x {rollouts} rollouts can't be cut into TRL's micro-batches of {trl_batch}")
+    real_episodes(episodes, prompts, rollouts)
+    lm, rate = sim.load_model(model), matrix_rate(matrix)
+    options = ["--model", model, "--episodes", episodes, "--prompts", prompts, "--rollouts", rollouts, "--prompt-tokens",
+               prompt_tokens, "--completion-tokens", completion_tokens, "--batch-tokens", batch_tokens,
+               "--trl-batch", trl_batch]  # fmt: skip
+    parts = [introduction(s, rate)]
+    for workload in ("equal", "real"):
+        measured: dict[str, list[dict]] = {"ours": [], "trl": []}
+        for pair in range(pairs):
+            for side in ("ours", "trl") if pair % 2 == 0 else ("trl", "ours"):
+                measured[side].append(run_measurement(side, workload, options))
+                sim.console.print(f"{workload}, pair {pair + 1} of {pairs}, {side}: {json.dumps(measured[side][-1])}")
+        parts.append(section(workload, measured, lm, rate))
+    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    sim.console.print(f"written: {out}")
+
+
+def run_measurement(side: str, workload: str, options: list) -> dict[str, Any]:
+    command = [sys.executable, __file__, "measure", side, workload, *map(str, options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise sim.UserError(f"{side}, {workload}: the measurement failed, see above")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def introduction(s: SimpleNamespace, rate: float) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads of a CPU"
+    return (f"# Optimisation steps beside TRL's GRPOTrainer\n\nMade by `make bench-trl` (results/bench_trl.py says how). "
+            f"Model {s.model}, {s.prompts * s.rollouts} rollouts of {s.prompts} prompts, bfloat16 autocast over float32 "
+            f"weights, no KL, no gradient checkpointing; medians of {s.pairs} pairs taken in turn, each in its own process "
+            f"after one step of warm-up. Micro-batches: ours {s.batch_tokens} tokens, TRL's {s.trl_batch} sequences.\n\n"
+            f"{versions}; Python {platform.python_version()}, {device}, {os.cpu_count()} cores. A bfloat16 product of "
+            f"{s.matrix} x {s.matrix} matrices runs at {rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body "
+            f"parameters x real tokens + 6 x head parameters x trained positions.")  # fmt: skip
+
+
+WORKLOADS = {
+    "equal": "## Equal lengths\n\nEvery prompt and every completion has the same number of tokens. Both sides generate with "
+             "Transformers.",
+    "real": "## Episodes of a training run\n\nRagged, with documents inside that are read and not trained. Both sides get the "
+            "same token ids, masks and rewards, so that the norms of the first gradient can be compared.",
+}  # fmt: skip
+
+
+def section(workload: str, measured: dict[str, list[dict]], model, rate: float) -> str:
+    """The table of one workload: medians, and the median of the pairs' ratios."""
+    any_row = measured["ours"][0]
+    header = ["", "update, s", "tokens/s", "MFU, %", "generation, s", "sampled/s", "whole step, s", "peak, GB", "gradient norm"]
+    rows = []
+    for side, runs in measured.items():
+        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        flops = useful_flops(model, middle["tokens"], middle["trained"])
+        sampled = workload == "equal"
+        rows.append([side, f"{middle['update']:.2f}", f"{middle['tokens'] / middle['update']:.0f}",
+                     f"{100 * flops / middle['update'] / rate:.1f}", f"{middle['rollout']:.2f}" if sampled else "-",
+                     f"{middle['trained'] / middle['rollout']:.0f}" if sampled else "-",
+                     f"{middle['step']:.2f}" if sampled else "-", f"{middle['peak'] / 1e9:.2f}",
+                     f"{middle['grad_norm']:.4f}"])  # fmt: skip
+    ratio = {key: statistics.median(b[key] / a[key] for a, b in zip(measured["ours"], measured["trl"]) if a[key])
+             for key in ("update", "step", "peak")}  # fmt: skip
+    pairs = ", ".join(f"{b['update'] / a['update']:.2f}" for a, b in zip(measured["ours"], measured["trl"]))
+    lines = [" | ".join(["", *row, ""]).strip() for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
+    whole = f" Whole step: {ratio['step']:.2f} times as fast." if workload == "equal" else ""
+    return (f"{WORKLOADS[workload]} {any_row['tokens']:,} tokens, {any_row['trained']:,} of them trained.\n\n"
+            + "\n".join(lines)
+            + f"\n\nUpdate: {ratio['update']:.2f} times as fast as TRL's (pairs: {pairs}).{whole} TRL's peak memory is "
+            f"{ratio['peak']:.2f} times ours.")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sim.run_cli(app)
