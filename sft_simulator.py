@@ -1005,14 +1005,16 @@ class BM25Engine:
 class RemoteEngine:
     """What the engines behind an address share: an answer is paid for once, and a failure costs its own episode alone.
 
-    Queries are cleaned to one line of at most QUERY_CHARACTERS; an empty one finds nothing and costs no call. Answers
-    are kept in a file under (engine, k, query), failures are not: delete the file to ask anew. A call that fails for
-    good (see Patience) gives a result with `error`."""
+    At most `workers` calls are under way, whoever asks, and never two with the same query. Queries are cleaned to one line
+    of at most QUERY_CHARACTERS; an empty one finds nothing and costs no call. Answers are kept in a file under (engine, k,
+    query), failures are not: delete the file to ask anew. A call that fails for good (see Patience) gives a result with
+    `error`."""
 
     name: str
 
     def __init__(self, k: int, patience: Patience, cache: Path, workers: int):
-        self.k, self.patience, self.cache, self.workers = check_top_k(k), patience, cache, workers
+        self.k, self.patience, self.cache = check_top_k(k), patience, cache
+        self._pool, self._lock, self._under_way = ThreadPoolExecutor(workers), threading.Lock(), {}  # query -> Future
         cache.parent.mkdir(parents=True, exist_ok=True)
         self._sql("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, documents TEXT)")
 
@@ -1022,11 +1024,21 @@ class RemoteEngine:
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
         queries = [clean(request.query, QUERY_CHARACTERS) for request in requests]
-        unique = list(dict.fromkeys(queries))
-        answers = dict(zip(unique, in_threads(self._answer, unique, self.workers), strict=True))
-        return [SearchResult(list(answers[query].documents), error=answers[query].error) for query in queries]
+        with self._lock:
+            for query in queries:
+                if query not in self._under_way:
+                    self._under_way[query] = self._pool.submit(self._answer, query)
+            answers = [self._under_way[query] for query in queries]
+        return [replace(answer.result(), documents=list(answer.result().documents)) for answer in answers]
 
     def _answer(self, query: str) -> SearchResult:
+        try:
+            return self._find(query)
+        finally:
+            with self._lock:
+                del self._under_way[query]
+
+    def _find(self, query: str) -> SearchResult:
         if not query:
             return SearchResult([])
         key = json.dumps([self.identity, self.k, query])

@@ -288,10 +288,14 @@ def test_concurrency_is_bounded(serve, http_engine):
             now[0] -= 1
         searcher(handler, body)
 
-    engine = http_engine(serve(slow).url, patience=STEADY, workers=4)
+    server = serve(slow)
+    engine = http_engine(server.url, patience=STEADY, workers=4)
     results = engine.search([sim.SearchRequest(f"query {i}") for i in range(24)])
     assert [r.documents[0] for r in results] == [f"Title 0: about query {i}" for i in range(24)]
     assert 2 <= most[0] <= 4
+    each = sim.in_threads(lambda i: engine.search([sim.SearchRequest(f"other {i % 12}")])[0], list(range(48)), 48)
+    assert [r.documents[0] for r in each] == [f"Title 0: about other {i % 12}" for i in range(48)]
+    assert most[0] <= 4 and len(server.calls) == 24 + 12  # the same query at the same time is asked, and paid, once
 
 
 KEY = "0123456789abcdefSECRET"
@@ -443,8 +447,8 @@ def test_a_simulator_is_never_asked_100_kb(tokenizer):
 class HashSampler:
     """A policy whose every turn is a function of (ids, seed) alone: a search, an answer or nonsense."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, concurrent=False):
+        self.tokenizer, self.concurrent = tokenizer, concurrent
 
     def generate(self, prompts, sampling, seeds):
         return [self.one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
@@ -457,10 +461,10 @@ class HashSampler:
         return sim.Generation(ids, [-1.0] * len(ids), "eos")
 
 
-def play_64(tokenizer, engine):
+def play_64(tokenizer, engine, concurrent=False):
     episodes = [rl.new_episode(question(i // 4), i % 4, tokenizer, PROMPTS) for i in range(64)]
     limits = rl.RolloutSettings(4, 64, 4000, 300)
-    rl.rollout(episodes, HashSampler(tokenizer), tokenizer, engine, PROMPTS, limits, noise=0.3, seed=5, step=2)
+    rl.rollout(episodes, HashSampler(tokenizer, concurrent), tokenizer, engine, PROMPTS, limits, noise=0.3, seed=5, step=2)
     return episodes
 
 
@@ -468,7 +472,8 @@ def records(episodes):
     return [episode.record() for episode in episodes]
 
 
-def test_64_episodes_with_a_tenth_of_the_calls_failing_equal_those_without(serve, tokenizer, tmp_path):
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_64_episodes_with_a_tenth_of_the_calls_failing_equal_those_without(serve, tokenizer, tmp_path, concurrent):
     draw, failed = random.Random(0), Counter()
     faults = ["500", "garbage", "half a body", "hangs up", "429, nonsense"]
 
@@ -481,7 +486,7 @@ def test_64_episodes_with_a_tenth_of_the_calls_failing_equal_those_without(serve
 
     sound, unsound = serve(searcher), serve(unsteady)
     expected = play_64(tokenizer, sim.HTTPEngine(sound.url, 2, STEADY, tmp_path / "a.sqlite"))
-    seen = play_64(tokenizer, sim.HTTPEngine(unsound.url, 2, STEADY, tmp_path / "b.sqlite"))
+    seen = play_64(tokenizer, sim.HTTPEngine(unsound.url, 2, STEADY, tmp_path / "b.sqlite"), concurrent)
     assert failed["calls"] >= 5 and sum(e.searches for e in expected) > 64
     assert records(seen) == records(expected)
 
@@ -490,9 +495,10 @@ def bad_for(word):
     return lambda handler, body: handler.reply({}, 400) if word in body["query"] else searcher(handler, body)
 
 
-def test_an_episode_whose_search_fails_is_left_out_and_the_others_are_not(serve, http_engine, tokenizer):
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_an_episode_whose_search_fails_is_left_out_and_the_others_are_not(serve, http_engine, tokenizer, concurrent):
     expected = play_64(tokenizer, http_engine(serve(searcher).url, patience=STEADY))
-    episodes = play_64(tokenizer, http_engine(serve(bad_for("7")).url, patience=STEADY))
+    episodes = play_64(tokenizer, http_engine(serve(bad_for("7")).url, patience=STEADY), concurrent)
     lost = [e for e in episodes if e.end == "failed"]
     assert 0 < len(lost) < 64 and all("HTTP 400" in e.error and not e.scores for e in lost)
     kept = [e for e in episodes if e.end != "failed"]
@@ -548,7 +554,7 @@ def vllm(folder, tokenizer, *, ids=True, name="served"):
 def test_served_generations_are_token_exact(serve, tiny, tokenizer):
     server = serve(vllm(tiny, tokenizer))
     generator = sim.load_generator(f"{server.url}/v1")
-    assert generator.name == "server" and generator.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert isinstance(generator, sim.ServerGenerator) and generator.tokenizer.get_vocab() == tokenizer.get_vocab()
     prompts = [[5, 6], [7, 8, 9]]
     stopped, cut = generator.generate(prompts, sim.Sampling(50, 0.7, ("</search>",)), [11, 12])
     assert tokenizer.decode(stopped.ids) == "1. 11 a\n2. 2 b</search>" and stopped.stop_reason == "stop"
@@ -679,21 +685,22 @@ def test_search_asks_a_server_and_a_served_simulator(serve, capsys, tiny, tokeni
     assert "useful" in shown and "noisy" in shown and shown.count("3 a") == 2
 
 
-def test_an_evaluation_bears_the_failures_it_is_allowed(serve, run_script, jsonl, tiny, tmp_path):
+def test_an_evaluation_bears_the_failures_it_is_allowed(serve, capsys, jsonl, tiny, tmp_path):
     """Two of six searches fail. By default that ends the run; allowed, both are counted and neither is scored."""
     tag = f"{random.randrange(10**12)}"
     rows = [question(i) | {"question": f"Question {tag} {'bad' if i in (1, 4) else i}?"} for i in range(6)]
-    server = serve(bad_for("bad"))
     arguments = ["run", "--data", jsonl("data.jsonl", rows), "--method", "rag", "--model", tiny, "--engine", "http",
-                 "--url", server.url, "--batch-size", 3, "--out", tmp_path / "run"]  # fmt: skip
-    stopped = run_script("evaluate.py", *arguments, check=False)
-    assert stopped.returncode == 2 and "--failed-searches allows 0" in stopped.stderr and "HTTP 400" in stopped.stderr
-    run_script("evaluate.py", *arguments, "--resume", "--failed-searches", 2)
+                 "--url", serve(bad_for("bad")).url, "--batch-size", 3, "--out", tmp_path / "run"]  # fmt: skip
+    with pytest.raises(sim.UserError, match="--failed-searches allows 0.*HTTP 400"):
+        command(evaluate, *arguments)
+    command(evaluate, *arguments, "--resume", "--failed-searches", 2)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["n"] == 4 and results["failed"] == 2
     records = sim.read_jsonl(tmp_path / "run/predictions.jsonl")
     assert [r["end"] == "failed" for r in records] == [False, True, False, False, True, False]
-    scored = json.loads(run_script("evaluate.py", "score", tmp_path / "run", "--json").stdout)
+    capsys.readouterr()
+    command(evaluate, "score", tmp_path / "run", "--json")
+    scored = json.loads(capsys.readouterr().out)
     assert scored["n"] == 4 and scored["f1"] == results["metrics"]["f1"]["mean"]
 
 

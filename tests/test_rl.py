@@ -245,8 +245,9 @@ def test_no_real_document_reaches_training(data, tiny, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a real engine was opened during training")
 
-    monkeypatch.setattr(rl, "BM25Engine", refuse)
+    monkeypatch.setattr(rl, "make_real_engine", refuse)
     monkeypatch.setattr(sim, "BM25Engine", refuse)
+    monkeypatch.setattr(sim, "RemoteEngine", refuse)
     asked = []
     search = sim.SimulatedEngine.search
     monkeypatch.setattr(sim.SimulatedEngine, "search", lambda self, requests: asked.append(requests) or search(self, requests))
