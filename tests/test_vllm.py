@@ -215,4 +215,4 @@ def test_a_real_server_plays_the_simulator_and_the_policy(server, run_script):
     (result,) = engine.search([sim.SearchRequest("capital of Peru", "What is the capital of Peru?", ("Lima",))])
     assert result.completion_tokens > 24 and result.error is None  # asked twice: 24 tokens are never two documents
     done = run_script("sft_simulator.py", "search", "capital of Peru", "--engine", "simulator", "--simulator", server)
-    assert "simulator, useful" in done.stdout and "simulator, noisy" in done.stdout
+    assert done.stdout.count("capital of Peru") == 2 and "useful" in done.stdout and "noisy" in done.stdout
