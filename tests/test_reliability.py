@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, make_model
+from conftest import ROOT, TWO_PROCESSES, make_model
 from test_rl import BUDGET, question, read_metrics
 
 import sft_simulator as sim
@@ -159,13 +159,12 @@ def test_stopped_it_loses_no_step_and_says_how_to_go_on(world, number):
 
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_step(world):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    world.finish(world.train("whole-2", launcher=launcher))
-    errors = stop(world, "stopped-2", signal.SIGTERM, launcher=launcher)
+    world.finish(world.train("whole-2", launcher=TWO_PROCESSES))
+    errors = stop(world, "stopped-2", signal.SIGTERM, launcher=TWO_PROCESSES)
     steps = len(read_metrics(world.folder / "stopped-2"))
     assert rl.checkpoint_folder(world.folder / "stopped-2", steps).is_dir() and steps < world.steps
     assert "accelerate launch --num_processes 2" in errors
-    world.finish(world.train("stopped-2", "--resume", launcher=launcher))
+    world.finish(world.train("stopped-2", "--resume", launcher=TWO_PROCESSES))
     world.ends_like("stopped-2", "whole-2")
 
 
