@@ -1182,7 +1182,7 @@ def load_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
 def set_lines_aside(out: Path, step: int) -> None:
     """Move the lines of metrics and episodes that came after the checkpoint, and a line cut short, to another file."""
     for unfinished in (out / "checkpoints").glob("*.tmp"):
-        console.print(f"{unfinished} was left half-written: not used; going on from step {step}", style="yellow")
+        console.print(f"{unfinished} was left half-written: not used", style="yellow", soft_wrap=True)
     for name in ("metrics.jsonl", "episodes.jsonl"):
         if not (out / name).exists():
             continue
