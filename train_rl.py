@@ -1019,12 +1019,18 @@ def train(
         if accelerator.is_main_process:
             console.print(f"stopped after {step} steps, which are saved; to go on:")
             print(resume_command(accelerator.num_processes), file=sys.stderr)
-        accelerator.end_training()
+        finish_trackers(accelerator)
         raise typer.Exit(128 + signals.number) from None
     save_model(accelerator.unwrap_model(trainer.policy).model, tokenizer, out / "model")
     if accelerator.is_main_process:
         console.print(f"policy saved: {out / 'model'}")
-    accelerator.end_training()
+    finish_trackers(accelerator)
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Accelerate's end_training without its last act: taking gloo down right after a collective can hang (seen once)."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def step_questions(rows: list[dict[str, Any]], step: int, s: SimpleNamespace) -> list[dict[str, Any]]:
