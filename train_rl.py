@@ -1079,12 +1079,18 @@ def train(
         if accelerator.is_main_process:
             console.print(f"stopped after {step} steps, which are saved; to go on:")
             print(resume_command(accelerator.num_processes), file=sys.stderr)
-        accelerator.end_training()
+        finish_trackers(accelerator)
         raise typer.Exit(128 + signals.number) from None
     save_model(accelerator.unwrap_model(trainer.policy).model, tokenizer, out / "model")
     if accelerator.is_main_process:
         console.print(f"policy saved: {out / 'model'}")
-    accelerator.end_training()
+    finish_trackers(accelerator)
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Accelerate's end_training without its last act: taking gloo down right after a collective can hang (seen once)."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def step_questions(rows: list[dict[str, Any]], step: int, s: SimpleNamespace) -> list[dict[str, Any]]:
@@ -1242,7 +1248,7 @@ def load_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
 def set_lines_aside(out: Path, step: int) -> None:
     """Move the lines of metrics and episodes that came after the checkpoint, and a line cut short, to another file."""
     for unfinished in (out / "checkpoints").glob("*.tmp"):
-        console.print(f"{unfinished} was left half-written: not used; going on from step {step}", style="yellow")
+        console.print(f"{unfinished} was left half-written: not used", style="yellow", soft_wrap=True)
     for name in ("metrics.jsonl", "episodes.jsonl"):
         if not (out / name).exists():
             continue

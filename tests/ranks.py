@@ -47,7 +47,8 @@ def main(out: str) -> None:
     results = {"ddp": [gradient(episodes(rank), dtype, batch_tokens=40, **changes) for dtype, changes in CASES]}
     trainer, metrics = step(episodes(rank), init_device_mesh("cpu", (2,)))
     parameters = [p for module in (trainer.policy, trainer.critic) for p in module.parameters()]
-    results["sharded"] = all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in parameters)
+    assert all(isinstance(p, DTensor) for p in parameters)
+    results["share"] = sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
     sampler = sim.HFGenerator(exact_model(9), None)
     sampler.load_weights(rl.named_weights(trainer.policy.model))
     critic = {name: weight.clone() for name, weight in rl.named_weights(trainer.critic)}

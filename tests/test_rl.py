@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES
 from test_simulator import HOSTILE, ScriptedGenerator, corpus_rows
 
 import sft_simulator as sim
@@ -300,9 +300,8 @@ def test_two_processes_make_the_same_step_as_one(data, policy, tmp_path):
     """DDP over gloo, as a user launches it. Rollouts are the same questions and seeds, so the steps agree."""
     arguments = ["train", "--data", data, "--model", policy, "--engine", "none", *BUDGET, "--lr", "1e-4", "--rollouts", 4,
                  "--batch-tokens", 450]  # fmt: skip
-    for processes in (1, 2):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
-        command = [*launch, ROOT / "train_rl.py", *arguments, "--out", tmp_path / str(processes)]
+    for processes, launch in (("1", [sys.executable]), ("2", TWO_PROCESSES)):
+        command = [*launch, ROOT / "train_rl.py", *arguments, "--out", tmp_path / processes]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_metrics(tmp_path / n)[0] for n in ("1", "2"))

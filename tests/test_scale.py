@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import ranks
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, make_model
+from conftest import ROOT, TWO_PROCESSES, make_model
 from test_algorithms import ALGORITHMS, gradient, relative, saved_episodes, settings
 from typer.testing import CliRunner
 
@@ -24,8 +23,7 @@ import train_rl as rl
 def two_ranks(tmp_path_factory):
     """What two processes under `accelerate launch` made of their shares of one global batch."""
     out = tmp_path_factory.mktemp("ranks") / "results.pt"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
-    done = subprocess.run([*launch, str(ROOT / "tests/ranks.py"), str(out)], capture_output=True, text=True, timeout=200,
+    done = subprocess.run([*TWO_PROCESSES, str(ROOT / "tests/ranks.py"), str(out)], capture_output=True, text=True, timeout=200,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
@@ -45,7 +43,7 @@ def test_two_shards_make_the_step_of_one(two_ranks):
     """FSDP2's fully_shard: parameters are DTensors, two epochs of PPO give the same weights, which reach the sampler whole."""
     sampler, critic, metrics = two_ranks["fsdp"]
     trainer, expected = ranks.step(ranks.episodes())
-    assert two_ranks["sharded"]
+    assert 0.45 < two_ranks["share"] < 0.55  # of each rank, of all parameters
     for found, module in ((sampler, trainer.policy.model), (critic, trainer.critic)):
         parameters = dict(module.named_parameters())
         assert found.keys() == parameters.keys()
@@ -64,7 +62,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny):
         scorer = rl.TokenScorer(rl.load_trained(str(tiny), checkpointing))
         optimizer = torch.optim.SGD(scorer.parameters(), lr=0.0)
         hook = lambda *_: calls.append(checkpointing)  # noqa: B023, E731
-        scorer.model.model.layers[0].mlp.register_forward_hook(hook)
+        scorer.model.model.layers[0].mlp.register_forward_pre_hook(hook)
         trainer = rl.Trainer(Accelerator(cpu=True), scorer, optimizer)
         optimizer.zero_grad = lambda: None
         rl.update(trainer, s, episodes, rl.PhaseClock())
