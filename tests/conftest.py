@@ -60,6 +60,29 @@ def tiny(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def policy(tmp_path_factory, tokenizer) -> Path:
+    """Folder of a tiny model that mostly answers "Lima" or "Rome", at random: enough for rewards to differ."""
+    from accelerate import Accelerator
+
+    import sft_simulator as sim
+    import train_rl as rl
+
+    out = tmp_path_factory.mktemp("policy")
+    sequences = []
+    for i, answer in enumerate(["Lima", "Rome", "Lima", "Oslo"] * 60):
+        row = {"id": f"q{i % 4}", "question": f"Question {i % 4}?", "golden_answers": ["Lima"]}
+        episode = rl.new_episode(row, 0, tokenizer, sim.load_prompts(), search=i < 120)
+        ids = sim.encode(tokenizer, f"<answer>{answer}</answer>")
+        episode.write(ids, [0.0] * len(ids))
+        sequences.append(sim.Sequence(episode.ids, episode.mask))
+    model = make_model(len(tokenizer), initializer_range=0.05)
+    sim.train_supervised(Accelerator(cpu=True), model, sequences, out, epochs=1, lr=2e-2, batch_size=4,
+                         batch_tokens=10_000, seed=0, label="")  # fmt: skip
+    sim.save_model(model, tokenizer, out / "model")
+    return out / "model"
+
+
+@pytest.fixture(scope="session")
 def run_script():
     """Run one of the kit's scripts as a user would; returns the finished process."""
 

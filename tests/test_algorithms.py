@@ -188,17 +188,20 @@ def make_critic(dtype):
 def gradient(episodes, dtype=torch.float64, keep_critic=False, **changes):
     """The gradient and metrics of one update of a tiny policy, in eager attention, without autocast."""
     s = settings(**changes)
-    scorer = rl.TokenScorer(exact_model(3, dtype))
-    trainer = rl.Trainer(Accelerator(cpu=True), scorer, GradientKeeper(scorer.parameters(), lr=0.0))
+    accelerator = Accelerator(cpu=True)  # under `accelerate launch` one rank of several
+
+    def prepare(module):
+        return accelerator.prepare(module, GradientKeeper(module.parameters(), lr=0.0))
+
+    trainer = rl.Trainer(accelerator, *prepare(rl.TokenScorer(exact_model(3, dtype))))
     if s.kl_coef:
         trainer.reference = rl.TokenScorer(exact_model(4, dtype)).requires_grad_(False)
     if s.algorithm == "ppo":
-        trainer.critic = make_critic(dtype)
-        trainer.critic_optimizer = GradientKeeper(trainer.critic.parameters(), lr=0.0)
+        trainer.critic, trainer.critic_optimizer = prepare(make_critic(dtype))
     metrics = rl.update(trainer, s, episodes, rl.PhaseClock())
     if keep_critic:
-        return trainer.optimizer.kept, trainer.critic and trainer.critic_optimizer.kept
-    return trainer.optimizer.kept, metrics
+        return trainer.optimizer.optimizer.kept, trainer.critic and trainer.critic_optimizer.optimizer.kept
+    return trainer.optimizer.optimizer.kept, metrics
 
 
 ALGORITHMS = [dict(algorithm="grpo"), dict(algorithm="grpo", kl_coef=0.1), dict(algorithm="reinforce", baseline="none"),

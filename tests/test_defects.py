@@ -2,11 +2,13 @@
 
 import json
 import threading
+import time
 
 import pytest
 import torch
 from accelerate import Accelerator
 from test_algorithms import exact_model, gradient, saved_episodes, settings
+from test_engines import Server
 from test_rl import LIMITS, PROMPTS, ScriptedEngine, play, question
 from test_simulator import ScriptedGenerator
 
@@ -196,6 +198,23 @@ def test_defect_14_a_group_is_the_rollouts_of_one_prompt():
     a, _ = gradient(episodes)
     b, _ = gradient(saved_episodes())
     assert torch.equal(a, b)
+
+
+def test_defect_15_a_dead_engine_is_asked_a_bounded_number_of_times(tokenizer, tmp_path):
+    """With pauses, growing; then comes one clear error, and the episode is not scored as if it had been wrong."""
+    stamps = []
+    server = Server(lambda handler, body: (stamps.append(time.monotonic()), handler.reply({}, 500)))
+    patience = sim.Patience(timeout=1, attempts=4, first_wait=0.05, longest_wait=1)
+    engine = sim.HTTPEngine(server.url, 2, patience, tmp_path / "cache.sqlite")
+    begun = time.monotonic()
+    (episode,), *_ = play(tokenizer, ["<search>a</search>"], engine=engine)
+    server.stop()
+    pauses = [b - a for a, b in zip(stamps, stamps[1:])]
+    assert len(stamps) == 4 and all(0.05 * 2**i <= pause for i, pause in enumerate(pauses))
+    assert time.monotonic() - begun < patience.bound
+    assert episode.end == "failed" and "HTTP 500; given up after 4 attempts" in episode.error
+    with pytest.raises(sim.UserError, match="given up"):
+        rl.check_failures([episode.error, None], 0, 0)
 
 
 def test_defect_16_the_last_turn_pays_for_no_search(tokenizer):

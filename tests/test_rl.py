@@ -7,8 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from accelerate import Accelerator
-from conftest import ROOT, make_model
+from conftest import ROOT
 from test_simulator import HOSTILE, ScriptedGenerator, corpus_rows
 
 import sft_simulator as sim
@@ -182,29 +181,12 @@ def test_schedule_command(run_script):
 
 BUDGET = ["--steps", 2, "--prompts-per-step", 2, "--rollouts", 2, "--top-k", 2, "--max-searches", 2, "--tokens-per-turn", 24,
           "--context-tokens", 900, "--observation-tokens", 80, "--simulator-max-tokens", 24, "--lr", "1e-3"]  # fmt: skip
-TIMES = ("time/", "cost/usd")
+TIMES = ("time/", "rate/")
 
 
 def train(run_script, data, model, out, *extra, check=True, **env):
     where = ("--data", data, "--model", model, "--out", out)
     return run_script("train_rl.py", "train", *where, *BUDGET, *extra, check=check, **env)
-
-
-@pytest.fixture(scope="session")
-def policy(tmp_path_factory, tokenizer):
-    """Folder of a tiny model that mostly answers "Lima" or "Rome", at random: enough for rewards to differ."""
-    out = tmp_path_factory.mktemp("policy")
-    sequences = []
-    for i, answer in enumerate(["Lima", "Rome", "Lima", "Oslo"] * 60):
-        episode = rl.new_episode(question(i % 4), 0, tokenizer, PROMPTS, search=i < 120)
-        ids = sim.encode(tokenizer, f"<answer>{answer}</answer>")
-        episode.write(ids, [0.0] * len(ids))
-        sequences.append(sim.Sequence(episode.ids, episode.mask))
-    model = make_model(len(tokenizer), initializer_range=0.05)
-    sim.train_supervised(Accelerator(cpu=True), model, sequences, out, epochs=1, lr=2e-2, batch_size=4,
-                         batch_tokens=10_000, seed=0, label="")  # fmt: skip
-    sim.save_model(model, tokenizer, out / "model")
-    return out / "model"
 
 
 @pytest.fixture
@@ -269,7 +251,7 @@ def test_no_real_document_reaches_training(data, tiny, tmp_path, monkeypatch):
     search = sim.SimulatedEngine.search
     monkeypatch.setattr(sim.SimulatedEngine, "search", lambda self, requests: asked.append(requests) or search(self, requests))
     settings = SimpleNamespace(engine="simulator", simulator=str(tiny), top_k=2, simulator_words=20, simulator_temperature=0.8,
-                               simulator_max_tokens=24, corpus=ROOT / "data/world/passages.jsonl")  # fmt: skip
+                               simulator_max_tokens=24, generator="hf", corpus=ROOT / "data/world/passages.jsonl")  # fmt: skip
     engine = rl.make_engine(settings, PROMPTS, "cpu")
     assert isinstance(engine, sim.SimulatedEngine)
     tokenizer = sim.load_tokenizer(str(tiny))

@@ -71,6 +71,17 @@ def test_simulator_prompt_has_the_published_parts(tokenizer):
         assert text.lower().count(quality) == 2
 
 
+def test_a_simulator_that_is_only_prompted_sees_both_qualities_first(tokenizer):
+    """The paper's Prompt-3B rows: examples, then the same task as after fine-tuning."""
+    wording = sim.load_prompts(ROOT / "data" / "prompts-few-shot.toml")["simulator"]
+    request = sim.SearchRequest("capital of Peru", "Where is it?", ("Lima",), "noisy")
+    text = tokenizer.decode(sim.simulator_prompt(tokenizer, wording, request, 4, 33))
+    examples, task = text.split("Now the task")
+    assert "Useful output:\n1. " in examples and "Noisy output:\n1. " in examples
+    assert all(part in task for part in ("4 documents", "33 words", "noisy information", "Lima", "Query: capital of Peru"))
+    assert text.endswith("Noisy output:\n")
+
+
 def test_prompts_file_rewords_and_refuses_unknown_names(tmp_path):
     custom = tmp_path / "mine.toml"
     custom.write_text('[simulator]\nheading = "OUT {quality}:"\n')
@@ -235,6 +246,8 @@ def test_parsing_of_simulated_documents(text, documents):
 class ScriptedGenerator:
     """Answers prompts from a list, and remembers what it was asked."""
 
+    concurrent = False
+
     def __init__(self, tokenizer, replies):
         self.tokenizer, self.replies, self.prompts, self.seeds = tokenizer, list(replies), [], []
 
@@ -275,6 +288,16 @@ def test_label_balances():
     pairs = sim.balance(sim.label_pairs(records, k=2), None, seed=0)
     assert sorted(p.quality for p in pairs) == ["noisy", "noisy", "useful", "useful"]
     assert pairs == sim.balance(sim.label_pairs(records[::-1], k=2), None, seed=0)  # the order of the file is nothing
+
+
+def test_a_limited_set_holds_few_bridge_queries():
+    """A quarter, or as many as it takes: their useful documents lack the answer that the prompt tells."""
+    twin = lambda query, target: [sim.Pair("q", ["gold"], query, [target], quality, ["d"]) for quality in ("useful", "noisy")]  # noqa: E731
+    pairs = [p for i in range(20) for p in twin(f"final {i}", "gold") + twin(f"bridge {i}", "other")]
+    for limit, bridges in ((16, 2), (40, 5), (64, 12)):
+        kept = sim.balance(pairs, limit, seed=0)
+        assert len(kept) == limit and sum(p.query.startswith("bridge") for p in kept) == 2 * bridges
+        assert all(a.query == b.query for a, b in zip(kept[::2], kept[1::2]))
 
 
 # ---------------------------------------------------------------- supervised training
