@@ -3,7 +3,8 @@
 Two workloads of 64 rollouts of 8 prompts, in bfloat16 autocast over float32 weights, without KL:
 
 \b
-    equal   145 prompt tokens and 64 sampled ones each: generation with Transformers on either side, then the update
+    equal   145 prompt tokens and 64 sampled ones each: generation with Transformers on either side (and with vLLM on
+            ours, where it is installed), then the update
     real    episodes of a training run (ragged, documents inside), given to both; TRL gets them by its rollout_func
 
 Every measurement is a process of its own, for peak memory is a process's; it takes one step to warm up, then a timed one.
@@ -11,6 +12,8 @@ The two sides take turns, and figures are medians over the pairs. Rewards are se
 group, so that neither side has a group without advantage to skip.
 """
 
+import functools
+import importlib.util
 import inspect
 import json
 import os
@@ -93,8 +96,11 @@ def measure_ours(s: SimpleNamespace) -> dict[str, Any]:
     trainer = rl.make_trainer(accelerator, options := SimpleNamespace(**settings | changes))
     generator, norms = None, []
     if s.workload == "equal":
-        generator = sim.load_generator(s.model, device=accelerator.device)
-        generator.tokenizer = SimpleNamespace(eos_token_id=-1)  # every completion has its full length
+        generator = sim.load_generator(s.model, device=accelerator.device, engine="vllm" if s.side == "vllm" else "hf")
+        if s.side == "vllm":  # in either case every completion has its full length
+            generator.sampling_params = functools.partial(generator.sampling_params, ignore_eos=True)
+        else:
+            generator.tokenizer = SimpleNamespace(eos_token_id=-1)
         ids = [tokenizer(text)["input_ids"] for text in equal_prompts(tokenizer, s.prompts, s.prompt_tokens)]
     for step in range(2):
         clock, episodes = rl.PhaseClock(), []
@@ -193,7 +199,7 @@ def counts(episodes: list[rl.Episode]) -> dict[str, int]:
 
 @app.command()
 def measure(
-    side: Annotated[Literal["ours", "trl"], typer.Argument()],
+    side: Annotated[Literal["ours", "vllm", "trl"], typer.Argument(help="vllm: ours, with that engine.")],
     workload: Annotated[Literal["equal", "real"], typer.Argument()],
     model: Model = "smollm2",
     episodes: Episodes = RUN,
@@ -207,27 +213,13 @@ def measure(
     """One measurement; prints it as a line of JSON. Seconds, tokens, bytes."""
     s = SimpleNamespace(**locals())
     transformers.set_seed(0)
-    result = (measure_ours if side == "ours" else measure_trl)(s)
+    result = (measure_trl if side == "trl" else measure_ours)(s)
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(result | {"peak": peak}))
 
 
 # ---------------------------------------------------------------- all of them
-
-
-def matrix_rate(size: int = 4096, repeats: int = 5) -> float:
-    """FLOP/s of a bfloat16 product of two square matrices, the median of some; what 100 % of MFU means here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    return 2 * size**3 / statistics.median(seconds[1:])
 
 
 def useful_flops(model, tokens: int, trained: int) -> float:
@@ -241,7 +233,6 @@ def useful_flops(model, tokens: int, trained: int) -> float:
 def compare(
     out: Annotated[Path, typer.Option(help="Where the tables go (Markdown).")] = sim.ROOT / "results" / "trl.md",
     pairs: Annotated[int, typer.Option(help="Pairs of measurements for each workload.")] = 3,
-    matrix: Annotated[int, typer.Option(help="Side of the square matrices of the reference product.")] = 4096,
     model: Model = "smollm2",
     episodes: Episodes = RUN,
     prompts: Prompts = 8,
@@ -256,15 +247,17 @@ def compare(
     if prompts * rollouts % trl_batch:
         raise sim.UserError(f"{prompts} x {rollouts} rollouts can't be cut into TRL's micro-batches of {trl_batch}")
     real_episodes(episodes, prompts, rollouts)
-    lm, rate = sim.load_model(model), matrix_rate(matrix)
+    lm = sim.load_model(model)
+    rate = rl.peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     options = ["--model", model, "--episodes", episodes, "--prompts", prompts, "--rollouts", rollouts, "--prompt-tokens",
                prompt_tokens, "--completion-tokens", completion_tokens, "--batch-tokens", batch_tokens,
                "--trl-batch", trl_batch]  # fmt: skip
     parts = [introduction(s, rate)]
     for workload in ("equal", "real"):
-        measured: dict[str, list[dict]] = {"ours": [], "trl": []}
+        sides = ["ours", "trl"] + ["vllm"] * bool(workload == "equal" and importlib.util.find_spec("vllm"))
+        measured: dict[str, list[dict]] = {side: [] for side in sides}
         for pair in range(pairs):
-            for side in ("ours", "trl") if pair % 2 == 0 else ("trl", "ours"):
+            for side in sides[:: -1 if pair % 2 else 1]:
                 measured[side].append(run_measurement(side, workload, options))
                 sim.console.print(f"{workload}, pair {pair + 1} of {pairs}, {side}: {json.dumps(measured[side][-1])}")
         parts.append(section(workload, measured, lm, rate))
@@ -287,11 +280,12 @@ def introduction(s: SimpleNamespace, rate: float) -> str:
             f"Model {s.model}, {s.prompts * s.rollouts} rollouts of {s.prompts} prompts, bfloat16 autocast over float32 "
             f"weights, no KL, no gradient checkpointing; medians of {s.pairs} pairs taken in turn, each in its own process "
             f"after one step of warm-up. Micro-batches: ours {s.batch_tokens} tokens, TRL's {s.trl_batch} sequences.\n\n"
-            f"{versions}; Python {platform.python_version()}, {device}, {os.cpu_count()} cores. A bfloat16 product of "
-            f"{s.matrix} x {s.matrix} matrices runs at {rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body "
+            f"{versions}; Python {platform.python_version()}, {device}, {os.cpu_count()} cores. A large bfloat16 "
+            f"matrix product runs at {rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body "
             f"parameters x real tokens + 6 x head parameters x trained positions.")  # fmt: skip
 
 
+NAMES = {"ours": "this kit", "vllm": "this kit, vLLM", "trl": "TRL"}
 WORKLOADS = {
     "equal": "## Equal lengths\n\nEvery prompt and every completion has the same number of tokens. Both sides generate with "
              "Transformers.",
@@ -301,28 +295,33 @@ WORKLOADS = {
 
 
 def section(workload: str, measured: dict[str, list[dict]], model, rate: float) -> str:
-    """The table of one workload: medians, and the median of the pairs' ratios."""
-    any_row = measured["ours"][0]
+    """The table of one workload, and what it says."""
     header = ["", "update, s", "tokens/s", "MFU, %", "generation, s", "sampled/s", "whole step, s", "peak, GB", "gradient norm"]
     rows = []
     for side, runs in measured.items():
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         flops = useful_flops(model, middle["tokens"], middle["trained"])
         sampled = workload == "equal"
-        rows.append([side, f"{middle['update']:.2f}", f"{middle['tokens'] / middle['update']:.0f}",
+        rows.append([NAMES[side], f"{middle['update']:.2f}", f"{middle['tokens'] / middle['update']:.0f}",
                      f"{100 * flops / middle['update'] / rate:.1f}", f"{middle['rollout']:.2f}" if sampled else "-",
                      f"{middle['trained'] / middle['rollout']:.0f}" if sampled else "-",
                      f"{middle['step']:.2f}" if sampled else "-", f"{middle['peak'] / 1e9:.2f}",
                      f"{middle['grad_norm']:.4f}"])  # fmt: skip
-    ratio = {key: statistics.median(b[key] / a[key] for a, b in zip(measured["ours"], measured["trl"]) if a[key])
-             for key in ("update", "step", "peak")}  # fmt: skip
-    pairs = ", ".join(f"{b['update'] / a['update']:.2f}" for a, b in zip(measured["ours"], measured["trl"]))
     lines = [" | ".join(["", *row, ""]).strip() for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
-    whole = f" Whole step: {ratio['step']:.2f} times as fast." if workload == "equal" else ""
-    return (f"{WORKLOADS[workload]} {any_row['tokens']:,} tokens, {any_row['trained']:,} of them trained.\n\n"
-            + "\n".join(lines)
-            + f"\n\nUpdate: {ratio['update']:.2f} times as fast as TRL's (pairs: {pairs}).{whole} TRL's peak memory is "
-            f"{ratio['peak']:.2f} times ours.")  # fmt: skip
+    notes = [ratios(side, runs, measured["trl"], workload) for side, runs in measured.items() if side != "trl"]
+    first = measured["ours"][0]
+    title = f"{WORKLOADS[workload]} {first['tokens']:,} tokens, {first['trained']:,} of them trained."
+    return "\n\n".join([title, "\n".join(lines), *notes])
+
+
+def ratios(side: str, ours: list[dict], theirs: list[dict], workload: str) -> str:
+    """A sentence: the medians of the pairs' ratios."""
+    by_pair = {key: [b[key] / a[key] for a, b in zip(ours, theirs)] for key in ("update", "step", "peak")}
+    ratio = {key: statistics.median(values) for key, values in by_pair.items()}
+    pairs = ", ".join(f"{x:.2f}" for x in by_pair["update"])
+    whole = f", whole step {ratio['step']:.2f} times" if workload == "equal" else ""
+    return (f"{NAMES[side]}: update {ratio['update']:.2f} times as fast as TRL's (pairs: {pairs}){whole}; TRL's peak memory is "
+            f"{ratio['peak']:.2f} times this.")  # fmt: skip
 
 
 if __name__ == "__main__":

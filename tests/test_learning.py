@@ -14,17 +14,13 @@ from test_algorithms import settings
 import sft_simulator as sim
 import train_rl as rl
 
-LR = 1e-3
+LR = 5e-4
+STEPS = 200  # the budget of each algorithm: at most so many steps of 64 episodes, two epochs each
 LETTERS = "wxyz"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
 PROMPTS = {"policy": {"system": "s", "user": "{question}", "notice": "!", "last_turn": "."}}
 LIMITS = rl.RolloutSettings(max_searches=1, tokens_per_turn=20, context_tokens=512, observation_tokens=64)
-BUDGETS = {  # steps, then what differs from plain settings
-    "reinforce": (180, {}),
-    "grpo": (150, {}),
-    "ppo": (320, {}),
-    "reinforce++": (320, {}),
-}
+ALGORITHMS = ("reinforce", "grpo", "ppo", "reinforce++")
 
 
 def task_tokenizer():
@@ -65,11 +61,10 @@ def taught_the_form(tokenizer, folder, draw):
 
 
 def learn(algorithm, seed, folder):
-    """Mean rewards before training and over the last five steps."""
+    """Mean rewards of the steps, until the last five are above 0.9 on average or the budget is spent."""
     torch.manual_seed(seed)
     tokenizer, draw = task_tokenizer(), random.Random(seed)
-    steps, changes = BUDGETS[algorithm]
-    s = settings(algorithm=algorithm, rollouts=8, gamma=1.0, gae_lambda=1.0, **changes)
+    s = settings(algorithm=algorithm, rollouts=8, epochs=2, gamma=1.0, gae_lambda=1.0)
     model = taught_the_form(tokenizer, folder, draw)
     scorer = rl.TokenScorer(model)
     trainer = rl.Trainer(Accelerator(cpu=True), scorer, torch.optim.AdamW(scorer.parameters(), lr=LR, weight_decay=0.0))
@@ -78,29 +73,19 @@ def learn(algorithm, seed, folder):
         trainer.critic_optimizer = torch.optim.AdamW(trainer.critic.parameters(), lr=LR)
     generator = sim.HFGenerator(make_model(len(tokenizer), **SIZES).eval(), tokenizer)
     rewards = []
-    for step in range(steps):
+    while len(rewards) < STEPS and not (len(rewards) >= 5 and rl.mean(rewards[-5:]) > 0.9):
         generator.load_weights(rl.named_weights(model))
         episodes = [rl.new_episode(row, g, tokenizer, PROMPTS) for row in task(draw, 8) for g in range(8)]
-        rl.rollout(episodes, generator, tokenizer, Letters(), PROMPTS, LIMITS, seed=seed, step=step)
+        rl.rollout(episodes, generator, tokenizer, Letters(), PROMPTS, LIMITS, seed=seed, step=len(rewards))
         for episode in episodes:
             rl.score(episode)
         rewards.append(rl.mean(e.reward for e in episodes))
         rl.update(trainer, s, episodes, rl.PhaseClock())
-    return rewards[0], rl.mean(rewards[-5:]), rewards
+    return rewards
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "reinforce++")]
-
-
-@pytest.mark.parametrize("algorithm", ["reinforce", "grpo", *SLOW])
-def test_learns_to_read_what_it_searched(algorithm, tmp_path):
-    before, after, rewards = learn(algorithm, 0, tmp_path)
-    assert before < 0.45 and after > 0.9, rewards
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("algorithm", BUDGETS)
-def test_learns_with_three_seeds_of_three(algorithm, seed, tmp_path):
-    before, after, rewards = learn(algorithm, seed, tmp_path)
-    assert before < 0.45 and after > 0.9, rewards
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_learns_to_read_what_it_searched(algorithm, seed, tmp_path):
+    rewards = learn(algorithm, seed, tmp_path)
+    assert rl.mean(rewards[:5]) < 0.4 and rl.mean(rewards[-5:]) > 0.9, rewards
