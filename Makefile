@@ -23,10 +23,10 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 # The budget of the demo, in one place; demo-quick overrides it.
 TRAJECTORIES = 1200
-PAIRS = 900
+PAIRS = 720
 PROBES = 160
 WARMUP = 160
-STEPS = 8
+STEPS = 7
 PROMPTS = 6
 ROLLOUTS = 8
 QUESTIONS = 300
@@ -62,7 +62,7 @@ stages:
 		--words 20 --max-tokens 160 --temperature 0.5 \
 		--generator $(GENERATOR) --out $(DEMO)/simulator/probe.json)
 	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 3 --batch-tokens 2048 \
-		--out $(DEMO)/warmup --lr 1e-4 --seed $(SEED) --overwrite)
+		--out $(DEMO)/warmup --lr 2e-4 --batch-size 4 --seed $(SEED) --overwrite)
 	$(call stage,policy,$(PY) train_rl.py train $(POLICY) --algorithm grpo --out $(DEMO)/policy --steps $(STEPS) \
 		--prompts-per-step $(PROMPTS) --rollouts $(ROLLOUTS))
 	$(call stage,test,\
@@ -76,7 +76,7 @@ stages:
 		$(DEMO)/test-policy --out $(DEMO))
 	@echo; echo "report: $(DEMO)/report.md"
 
-POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 2e-5 \
+POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 3e-5 \
 	--kl-coef 0.001 --p-end 0.15 $(LIMITS) --simulator-words 20 --simulator-max-tokens 160 --simulator-temperature 0.5 \
 	--batch-tokens 2048 --generator $(GENERATOR) --seed $(SEED) --overwrite
 TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --generator $(GENERATOR) --overwrite

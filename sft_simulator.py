@@ -1282,13 +1282,13 @@ def show_agreement(by_rule: list[Pair], by_model: list[Pair | None]) -> None:
         console.print(f"the rule and the model agree on {100 * agreed:.1f} % of {len(both)} pairs (Cohen's kappa {kappa:.2f})")
 
 
-BRIDGES = 0.25  # of a limited set's queries: useful documents without the answer that the prompt tells blur the rule
+BRIDGES = 1 / 3  # of a limited set's queries: useful documents without the answer that the prompt tells blur the rule
 
 
 def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
     """As many useful pairs as noisy ones; queries that come in both qualities first, their twins side by side.
 
-    Of a limited set a quarter are bridge queries, or more if the others do not suffice."""
+    Of a limited set a third are bridge queries, or more if the others do not suffice."""
     by_query: dict[str, dict[str, Pair]] = {}
     for pair in pairs:
         by_query.setdefault(pair.query, {}).setdefault(pair.quality, pair)
