@@ -724,13 +724,13 @@ class VLLMGenerator:
         # CPU's does not compile, which takes minutes, nor cut prompts in pieces, which its seeds do not survive; and turns
         # of an episode share less than its usual 128 tokens a block.
         device = dict(enable_sleep_mode=True) if torch.cuda.is_available() else dict(
-            enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=16384, block_size=32)  # fmt: skip
+            enforce_eager=True, enable_chunked_prefill=False, block_size=32)  # fmt: skip
         if os.environ.get("WORLD_SIZE", "1") != "1":  # each of several processes has its own engine, on its own device
             device["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(resolve_model(name), dtype=dtype, seed=0, logprobs_mode="processed_logprobs",
                             gpu_memory_utilization=0.35, **device)  # fmt: skip
         self.asleep = False
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.inbox, self.numbers = queue.SimpleQueue(), itertools.count()
         threading.Thread(target=self._run, daemon=True).start()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
@@ -745,28 +745,29 @@ class VLLMGenerator:
         return [future.result() for future in futures]
 
     def _run(self) -> None:
-        """Feed the engine and advance it token by token, for ever."""
-        engine, running, numbers = self.llm.llm_engine, {}, itertools.count()
+        """Run the engine for ever. What goes wrong is raised in the threads that wait for it."""
+        running: dict[str, Future] = {}
         while True:
-            while not running or not self.inbox.empty():
-                prompt, params, future = self.inbox.get()  # with nothing to do, the thread sleeps here
-                request = str(next(numbers))
-                try:
-                    engine.add_request(request, {"prompt_token_ids": prompt}, params)
-                    running[request] = future
-                except ValueError as error:  # longer than the model's context
-                    future.set_exception(UserError(f"vLLM: {first_line(error)}"))
             try:
-                with self.in_turn:
-                    outputs = engine.step()
-            except Exception as error:  # the threads that wait are the ones to raise it
+                self._advance(running)
+            except Exception as error:
+                self.llm.llm_engine.abort_request(list(running))
                 for future in running.values():
                     future.set_exception(error)
                 running.clear()
-                continue
-            for output in outputs:
-                if output.finished:
-                    running.pop(output.request_id).set_result(from_vllm(output.outputs[0]))
+
+    def _advance(self, running: dict[str, Future]) -> None:
+        """Take in what has come, sleeping while there is nothing to do; then one token for every request."""
+        while not running or not self.inbox.empty():
+            prompt, params, future = self.inbox.get()
+            request = str(next(self.numbers))
+            running[request] = future
+            self.llm.llm_engine.add_request(request, {"prompt_token_ids": prompt}, params)
+        with self.in_turn:
+            outputs = self.llm.llm_engine.step()
+        for output in outputs:
+            if output.finished:
+                running.pop(output.request_id).set_result(from_vllm(output.outputs[0]))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Put new weights in place; what the cache holds of the old ones is forgotten."""
@@ -781,9 +782,10 @@ class VLLMGenerator:
             self.asleep = True
 
     def _wake_up(self) -> None:
-        if self.asleep:
-            self.llm.wake_up()
-            self.asleep = False
+        with self.in_turn:
+            if self.asleep:
+                self.llm.wake_up()
+                self.asleep = False
 
 
 VLLM_DEFAULTS = {
