@@ -120,6 +120,13 @@ def test_stop_strings_stay_in_the_ids_and_seeds_decide(vllm16):
     assert cut.stop_reason == "length" and cut.ids == draws[0][:3]
 
 
+def test_a_failed_request_fails_alone(vllm16, prompts):
+    """A prompt beyond the model's context is an error to its caller; the next call is served."""
+    with pytest.raises(ValueError):
+        vllm16.generate([[5] * 9000], Sampling(4), [0])
+    assert vllm16.generate(prompts[:1], Sampling(4), [0])[0].ids
+
+
 def test_asynchronous_episodes_are_whole_and_draw_the_same_noise(vllm16):
     """Episodes in threads against the lockstep: every id accounted for, noise draws by turn the same."""
 
