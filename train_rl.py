@@ -1012,6 +1012,7 @@ def train(
     transformers.set_seed(seed)
 
     sampler = load_generator(model, accelerator.device, generator)
+    console.print(f"generation: {sampler.name}")
     trainer = make_trainer(accelerator, s)
     searcher = make_engine(s, wording, accelerator.device)
     limits = RolloutSettings(max_searches, tokens_per_turn, context_tokens, observation_tokens, temperature)

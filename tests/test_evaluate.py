@@ -578,8 +578,7 @@ def test_report_costs_and_paired_difference(tmp_path, monkeypatch, jsonl):
 
 def test_ask_prints_thoughts_documents_and_answer(tokenizer, monkeypatch, capsys):
     script = Script(tokenizer, "<think>?</think><search> capital of France </search>", "<answer> Paris </answer>")
-    script.model = type("Model", (), {"device": "cpu"})
-    monkeypatch.setattr(evaluate, "load_generator", lambda name: script)
+    monkeypatch.setattr(evaluate, "load_generator", lambda name, engine: script)
     evaluate.ask("What is the capital of France?", model="any")
     shown = capsys.readouterr().out
     for part in ("<search> capital of France </search>", "1. ", "<answer> Paris </answer>", "Paris (1 searches)"):
