@@ -23,7 +23,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 # The budget of the demo, in one place; demo-quick overrides it.
 TRAJECTORIES = 1200
-PAIRS = 720
+PAIRS = 900
 PROBES = 160
 WARMUP = 160
 STEPS = 7
@@ -76,7 +76,7 @@ stages:
 		$(DEMO)/test-policy --out $(DEMO))
 	@echo; echo "report: $(DEMO)/report.md"
 
-POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 3e-5 \
+POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 2e-5 \
 	--kl-coef 0.001 --p-end 0.15 $(LIMITS) --simulator-words 20 --simulator-max-tokens 160 --simulator-temperature 0.5 \
 	--batch-tokens 2048 --generator $(GENERATOR) --seed $(SEED) --overwrite
 TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --generator $(GENERATOR) --overwrite

@@ -1292,13 +1292,8 @@ def show_agreement(by_rule: list[Pair], by_model: list[Pair | None]) -> None:
         console.print(f"the rule and the model agree on {100 * agreed:.1f} % of {len(both)} pairs (Cohen's kappa {kappa:.2f})")
 
 
-BRIDGES = 1 / 3  # of a limited set's queries: useful documents without the answer that the prompt tells blur the rule
-
-
 def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
-    """As many useful pairs as noisy ones; queries that come in both qualities first, their twins side by side.
-
-    Of a limited set a third are bridge queries, or more if the others do not suffice."""
+    """As many useful pairs as noisy ones; queries that come in both qualities first, their twins side by side."""
     by_query: dict[str, dict[str, Pair]] = {}
     for pair in pairs:
         by_query.setdefault(pair.query, {}).setdefault(pair.quality, pair)
@@ -1308,12 +1303,7 @@ def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
     rest = {quality: [by_query[q][quality] for q in queries if list(by_query[q]) == [quality]]
             for quality in ("useful", "noisy")}  # fmt: skip
     twins += list(zip(rest["useful"], rest["noisy"]))  # the longer list's surplus is left out
-    if limit is not None:
-        finals = [twin for twin in twins if twin[0].target == twin[0].golden_answers]
-        bridges = [twin for twin in twins if twin[0].target != twin[0].golden_answers]
-        bridges = bridges[: max(round(BRIDGES * limit / 2), limit // 2 - len(finals))]
-        twins = finals[: limit // 2 - len(bridges)] + bridges
-    return [pair for twin in twins for pair in twin]
+    return [pair for twin in twins for pair in twin][:limit]
 
 
 # ---------------------------------------------------------------- supervised training
@@ -1407,16 +1397,14 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
                      batch_size: int, batch_tokens: int, seed: int, label: str) -> None:  # fmt: skip
     """Maximum likelihood of the masked tokens, in place. Every masked token of a step weighs the same.
 
-    A step is `batch_size` sequences; neighbours stay together in twos, for a query's useful and noisy documents are best
-    learnt side by side. lr rises over the first 5 % of the steps, then falls linearly towards 0.
+    A step is `batch_size` sequences; lr rises over the first 5 % of the steps, then falls linearly towards 0.
     Appends one line a step to out/metrics.jsonl: loss in nats a token."""
     if not sequences:
         raise UserError("there is nothing to train on")
     scorer = TokenScorer(model.train())
     scorer, optimizer = accelerator.prepare(scorer, torch.optim.AdamW(scorer.parameters(), lr=lr, weight_decay=0.0, fused=True))
-    twos = [range(i, min(i + 2, len(sequences))) for i in range(0, len(sequences), 2)]
-    shuffled = [random.Random(draw_seed(seed, epoch)).sample(twos, len(twos)) for epoch in range(epochs)]
-    order = [i for epoch in shuffled for two in epoch for i in two]
+    shuffled = [random.Random(draw_seed(seed, epoch)).sample(range(len(sequences)), len(sequences)) for epoch in range(epochs)]
+    order = [i for epoch in shuffled for i in epoch]
     steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rising = max(1, len(steps) // 20)
     factor = lambda step: min((step + 1) / rising, (len(steps) - step) / (len(steps) - rising + 1))  # noqa: E731

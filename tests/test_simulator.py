@@ -290,16 +290,6 @@ def test_label_balances():
     assert pairs == sim.balance(sim.label_pairs(records[::-1], k=2), None, seed=0)  # the order of the file is nothing
 
 
-def test_a_limited_set_holds_few_bridge_queries():
-    """A third, or as many as it takes: their useful documents lack the answer that the prompt tells."""
-    twin = lambda query, target: [sim.Pair("q", ["gold"], query, [target], quality, ["d"]) for quality in ("useful", "noisy")]  # noqa: E731
-    pairs = [p for i in range(20) for p in twin(f"final {i}", "gold") + twin(f"bridge {i}", "other")]
-    for limit, bridges in ((18, 3), (60, 10), (64, 12)):
-        kept = sim.balance(pairs, limit, seed=0)
-        assert len(kept) == limit and sum(p.query.startswith("bridge") for p in kept) == 2 * bridges
-        assert all(a.query == b.query for a, b in zip(kept[::2], kept[1::2]))
-
-
 # ---------------------------------------------------------------- supervised training
 
 
