@@ -3,6 +3,7 @@
 The policy is first taught the form only: search, read a letter, answer *any* letter. Its reward is chance, 1 in 4.
 What the document says must be learnt from the reward alone."""
 
+import copy
 import random
 
 import pytest
@@ -14,8 +15,9 @@ from test_algorithms import settings
 import sft_simulator as sim
 import train_rl as rl
 
-LR = 5e-4
-STEPS = 200  # the budget of each algorithm: at most so many steps of 64 episodes, two epochs each
+LR, CRITIC_LR = 3e-4, 1e-3
+KL = 0.05  # to the model that was taught the form: without it some seeds stop trying one of the letters
+STEPS = 240  # the budget of each algorithm: at most so many steps of 64 episodes, two epochs each
 LETTERS = "wxyz"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
 PROMPTS = {"policy": {"system": "s", "user": "{question}", "notice": "!", "last_turn": "."}}
@@ -64,13 +66,14 @@ def learn(algorithm, seed, folder):
     """Mean rewards of the steps, until the last five are above 0.9 on average or the budget is spent."""
     torch.manual_seed(seed)
     tokenizer, draw = task_tokenizer(), random.Random(seed)
-    s = settings(algorithm=algorithm, rollouts=8, epochs=2, gamma=1.0, gae_lambda=1.0)
+    s = settings(algorithm=algorithm, rollouts=8, epochs=2, gamma=1.0, gae_lambda=1.0, kl_coef=KL)
     model = taught_the_form(tokenizer, folder, draw)
     scorer = rl.TokenScorer(model)
     trainer = rl.Trainer(Accelerator(cpu=True), scorer, torch.optim.AdamW(scorer.parameters(), lr=LR, weight_decay=0.0))
+    trainer.reference = rl.TokenScorer(copy.deepcopy(model)).requires_grad_(False)
     if algorithm == "ppo":
         trainer.critic = rl.Critic(make_model(len(tokenizer), seed=9, **SIZES))
-        trainer.critic_optimizer = torch.optim.AdamW(trainer.critic.parameters(), lr=LR)
+        trainer.critic_optimizer = torch.optim.AdamW(trainer.critic.parameters(), lr=CRITIC_LR)
     generator = sim.HFGenerator(make_model(len(tokenizer), **SIZES).eval(), tokenizer)
     rewards = []
     while len(rewards) < STEPS and not (len(rewards) >= 5 and rl.mean(rewards[-5:]) > 0.9):
