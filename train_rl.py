@@ -1078,7 +1078,8 @@ def train(
     except KeyboardInterrupt:  # raised by `signals` alone, while the weights are those of `step` whole steps
         save_checkpoint(accelerator, out, step)
         if accelerator.is_main_process:
-            console.print(f"stopped after {step} steps, which are saved; to go on:")
+            options = " (with the launcher's own options, if it had any)" if accelerator.num_processes > 1 else ""
+            console.print(f"stopped after {step} steps, which are saved; to go on{options}:")
             print(resume_command(accelerator.num_processes), file=sys.stderr)
         finish_trackers(accelerator)
         raise typer.Exit(128 + signals.number) from None

@@ -84,7 +84,7 @@ def kill_and_resume(world: World, kills: int, seed: int) -> list[list[str]]:
     for kill in range(kills):
         phase = ("rollout", "update", "save_checkpoint")[kill % 3]
         count, share = 2 if phase == "save_checkpoint" else draws.randint(2, 4), draws.random()
-        aim = (ROOT / "tests/killed.py", phase, count, share, log)
+        aim = (ROOT / "tests/killed.py", int(signal.SIGKILL), phase, count, share, log)
         process = world.start(sys.executable, *aim, *world.options, "--out", "killed", *(["--resume"] if kill else []))
         world.finish(process, code=-signal.SIGKILL)
         steps = len((world.folder / "killed/metrics.jsonl").read_bytes().split(b"\n")) - 1
@@ -105,7 +105,7 @@ def check_kills(world: World, kills: int, seed: int) -> None:
     finally:
         if path := os.environ.get("KILL_TEST_LOG"):
             write_log(Path(path), lines, world.steps, result)
-    assert {line[1] for line in lines} & {"rollout", "update", "save_checkpoint"}  # kills did hit phases
+    assert {line[1] for line in lines} & {"rollout", "update", "follow_gradient", "save_checkpoint"}  # kills did hit phases
 
 
 def write_log(path: Path, lines: list[list[str]], steps: int, result: str) -> None:
@@ -145,16 +145,29 @@ def stop(world: World, out: str, number: int, **launch) -> str:
     return world.finish(process, 1 if launch else 128 + number)  # the launcher says 1 whatever its processes say
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_stopped_it_loses_no_step_and_says_how_to_go_on(world, number):
-    out = f"stopped-{number}"
-    errors = stop(world, out, number)
+def goes_on_as_told(world: World, out: str, errors: str) -> None:
+    """After its last finished step, by the command it printed, to the end of the uninterrupted run."""
     steps = len(read_metrics(world.folder / out))
     assert rl.checkpoint_folder(world.folder / out, steps).is_dir() and steps < world.steps
     (command,) = [line for line in errors.splitlines() if line.endswith("--resume")]
     assert command.startswith("python ") and f"--out {out}" in command
-    world.finish(world.start(sys.executable, *command.split()[1:]))
+    world.finish(world.start(sys.executable, ROOT / "train_rl.py", *command.split()[2:]))
     world.ends_like(out, "whole")
+
+
+@pytest.mark.parametrize("phase,share,steps", [("rollout", 0.5, 1), ("follow_gradient", 0, 2)])
+def test_stopped_it_loses_no_step_and_says_how_to_go_on(world, phase, share, steps):
+    """A rollout is dropped; a step whose weights are about to change is finished."""
+    aim = (ROOT / "tests/killed.py", int(signal.SIGTERM), phase, 2, share, world.folder / "hit")
+    errors = world.finish(world.start(sys.executable, *aim, *world.options, "--out", phase), 128 + signal.SIGTERM)
+    assert len(read_metrics(world.folder / phase)) == steps
+    goes_on_as_told(world, phase, errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_at_any_instant(world, number):
+    goes_on_as_told(world, f"stopped-{number}", stop(world, f"stopped-{number}", number))
 
 
 @pytest.mark.slow
