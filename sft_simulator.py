@@ -741,6 +741,9 @@ class VLLMGenerator:
         threading.Thread(target=self._run, daemon=True).start()
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
+        limit = self.llm.llm_engine.model_config.max_model_len
+        if (longest := max(map(len, prompts), default=0)) >= limit:
+            raise UserError(f"a prompt of {longest} tokens leaves no room in the model's context of {limit}")
         self._wake_up()
         futures = []
         for prompt, seed in zip(prompts, seeds, strict=True):
@@ -774,7 +777,8 @@ class VLLMGenerator:
             outputs = self.llm.llm_engine.step()
         for output in outputs:
             if output.finished:
-                running.pop(output.request_id).set_result(from_vllm(output.outputs[0]))
+                running[output.request_id].set_result(from_vllm(output.outputs[0]))
+                del running[output.request_id]  # only now: until it has its result, an error must reach its caller
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Put new weights in place; what the cache holds of the old ones is forgotten."""

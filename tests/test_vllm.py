@@ -27,7 +27,6 @@ PROMPTS = sim.load_prompts()
 def small_cache():
     """Two engines live side by side here, as they do in training."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    torch.set_num_threads(os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +119,13 @@ def test_stop_strings_stay_in_the_ids_and_seeds_decide(vllm16):
     assert cut.stop_reason == "length" and cut.ids == draws[0][:3]
 
 
-def test_a_failed_request_fails_alone(vllm16, prompts):
-    """A prompt beyond the model's context is an error to its caller; the next call is served."""
-    with pytest.raises(ValueError):
+def test_a_failed_request_fails_alone(vllm16, prompts, monkeypatch):
+    """What goes wrong is raised to its caller, a prompt beyond the model's context at once; the next call is served."""
+    with pytest.raises(sim.UserError, match="9000 tokens"):
         vllm16.generate([[5] * 9000], Sampling(4), [0])
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(sim, "from_vllm", lambda output: 1 / 0)
+        vllm16.generate(prompts[:2], Sampling(4), [0, 1])
     assert vllm16.generate(prompts[:1], Sampling(4), [0])[0].ids
 
 
