@@ -71,6 +71,7 @@ from sft_simulator import (
     encode,
     fill,
     format_documents,
+    leave,
     load_generator,
     load_prompts,
     neutralize,
@@ -474,6 +475,7 @@ def run(
         results = run_results(records, s)
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         show_summary(f"{results['benchmark']}, {method}, {model}: {len(records)} questions", results["metrics"])
+    leave(state)
 
 
 def check_settings(s: SimpleNamespace) -> None:

@@ -81,6 +81,7 @@ from sft_simulator import (
     fill,
     first_line,
     format_documents,
+    leave,
     load_generator,
     load_model,
     load_prompts,
@@ -849,6 +850,7 @@ def warmup(
     save_model(lm, tokenizer, out / "model")
     if accelerator.is_main_process:
         console.print(f"warm-started policy saved: {out / 'model'}")
+    leave(accelerator.state)
 
 
 def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int) -> Sequence:
@@ -1081,18 +1083,18 @@ def train(
             options = " (with the launcher's own options, if it had any)" if accelerator.num_processes > 1 else ""
             console.print(f"stopped after {step} steps, which are saved; to go on{options}:")
             print(resume_command(accelerator.num_processes), file=sys.stderr)
-        finish_trackers(accelerator)
+        end_training(accelerator)
         raise typer.Exit(128 + signals.number) from None
     save_model(accelerator.unwrap_model(trainer.policy).model, tokenizer, out / "model")
     if accelerator.is_main_process:
         console.print(f"policy saved: {out / 'model'}")
-    finish_trackers(accelerator)
+    end_training(accelerator)
 
 
-def finish_trackers(accelerator: Accelerator) -> None:
-    """Accelerate's end_training without its last act: taking gloo down right after a collective can hang (seen once)."""
+def end_training(accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers:
         tracker.finish()
+    leave(accelerator.state)
 
 
 def step_questions(rows: list[dict[str, Any]], step: int, s: SimpleNamespace) -> list[dict[str, Any]]:

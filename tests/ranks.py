@@ -55,6 +55,7 @@ def main(out: str) -> None:
     results["fsdp"] = (dict(sampler.model.named_parameters()), critic, metrics)
     if rank == 0:
         torch.save(results, out)
+    sim.leave(Accelerator(cpu=True).state)
 
 
 if __name__ == "__main__":
