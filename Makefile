@@ -24,14 +24,14 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 # The budget of the demo, in one place; demo-quick overrides it.
 TRAJECTORIES = 1200
 PAIRS = 900
-PROBES = 160
+PROBES = 120
 WARMUP = 160
-STEPS = 7
-PROMPTS = 6
-ROLLOUTS = 8
+STEPS = 6
+PROMPTS = 8
+ROLLOUTS = 6
 QUESTIONS = 300
 
-LIMITS = --top-k 3 --max-searches 4 --tokens-per-turn 64 --context-tokens 1024 --observation-tokens 200
+LIMITS = --top-k 3 --max-searches 3 --tokens-per-turn 64 --context-tokens 1024 --observation-tokens 200
 WORLD = data/world
 
 # $(call stage,name,command): run a stage, print and keep its seconds.
@@ -46,7 +46,7 @@ demo: install
 	@$(MAKE) --no-print-directory stages
 
 demo-quick: install
-	@$(MAKE) --no-print-directory stages DEMO=runs/demo-quick TRAJECTORIES=120 PAIRS=48 PROBES=16 WARMUP=32 STEPS=2 \
+	@$(MAKE) --no-print-directory stages DEMO=runs/demo-quick TRAJECTORIES=120 PAIRS=48 PROBES=32 WARMUP=32 STEPS=2 \
 		PROMPTS=2 ROLLOUTS=2 QUESTIONS=16
 
 stages:
@@ -54,8 +54,8 @@ stages:
 	$(call stage,world,$(PY) data/world.py build)
 	$(call stage,trajectories,$(PY) data/scripted.py --top-k 3 --limit $(TRAJECTORIES) --out $(DEMO)/trajectories --overwrite && \
 		$(PY) data/scripted.py --top-k 3 --split dev --limit $(PROBES) --out $(DEMO)/trajectories-dev --overwrite && \
-		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl --top-k 3 --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
-		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl --top-k 3 --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
+		$(PY) sft_simulator.py label $(DEMO)/trajectories/{predictions,hasty}.jsonl --top-k 3 --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
+		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/{predictions,hasty}.jsonl --top-k 3 --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
 	$(call stage,simulator,$(PY) sft_simulator.py train $(DEMO)/pairs.jsonl --out $(DEMO)/simulator --lr 3e-4 \
 		--batch-size 4 --words 20 --seed $(SEED) --overwrite)
 	$(call stage,probe,$(PY) sft_simulator.py probe $(DEMO)/pairs-dev.jsonl --simulator $(DEMO)/simulator/model \
@@ -76,7 +76,7 @@ stages:
 		$(DEMO)/test-policy --out $(DEMO))
 	@echo; echo "report: $(DEMO)/report.md"
 
-POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 2e-5 \
+POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 3e-5 \
 	--kl-coef 0.001 --p-end 0.15 $(LIMITS) --simulator-words 20 --simulator-max-tokens 160 --simulator-temperature 0.5 \
 	--batch-tokens 2048 --generator $(GENERATOR) --seed $(SEED) --overwrite
 TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --generator $(GENERATOR) --overwrite
@@ -131,7 +131,7 @@ qa-data: $(VENV)/.installed
 ALGORITHMS = reinforce grpo ppo reinforce++
 ALG ?= runs/algorithms
 ALG_BUDGET = --steps 4 --prompts-per-step 4 --rollouts 8
-ALG_QUESTIONS = 64
+ALG_QUESTIONS = 100
 # $(call learn,algorithm) and $(call try,folder,model)
 learn = train_rl.py train $(POLICY) --algorithm $1 --out $(ALG)/$1/train $(ALG_BUDGET)
 try = evaluate.py run --method agent --model $2 --data $(WORLD)/dev.jsonl --corpus $(WORLD)/passages.jsonl --engine bm25 \

@@ -1461,7 +1461,7 @@ TopK = Annotated[int, typer.Option("--top-k", help="Documents a search returns."
 
 @app.command()
 def label(
-    predictions: Annotated[Path, typer.Argument(help="predictions.jsonl of an evaluation on a real engine.")],
+    predictions: Annotated[list[Path], typer.Argument(help="predictions.jsonl of evaluations on a real engine.")],
     out: Annotated[Path, typer.Option(help="Where the pairs go (JSONL).")],
     top_k: TopK = 3,
     limit: Annotated[int | None, typer.Option(help="Keep at most so many pairs.")] = None,
@@ -1476,14 +1476,15 @@ def label(
     The rule looks for the answer in the documents. A language model as judge reads them (the paper's way)."""
     if judge and not is_server(judge):
         raise UserError("--judge is a server's address, such as http://localhost:8000/v1")
-    records, wording = read_jsonl(predictions, required=("question", "golden_answers", "turns")), load_prompts(prompts)
+    wording = load_prompts(prompts)
+    records = [row for path in predictions for row in read_jsonl(path, required=("question", "golden_answers", "turns"))]
     pairs = label_pairs(records, check_top_k(top_k))
     if judge and pairs:
         by_rule, pairs = pairs, judge_pairs(pairs, judge, judge_model, wording["judge"])
         show_agreement(by_rule, pairs)
     pairs = balance([pair for pair in pairs if pair is not None], limit, seed)
     if not pairs:
-        raise UserError(f"{predictions}: no query has {top_k} documents of either quality")
+        raise UserError(f"{', '.join(map(str, predictions))}: no query has {top_k} documents of either quality")
     write_jsonl(out, map(asdict, pairs))
     bridges = sum(pair.target != pair.golden_answers for pair in pairs)
     console.print(f"{out}: {len(pairs)} pairs, half of them useful; {bridges} of bridge queries")
@@ -1612,14 +1613,20 @@ def probe(
 
 
 def probe_figures(pairs: list[Pair], results: list[SearchResult]) -> dict[str, Any]:
-    """Shares (0 to 1) of outputs that hold the query's answer, by quality and kind of query, and of those that parse."""
+    """Shares (0 to 1) of outputs that hold the query's answer, by quality and kind of query, and of those that parse.
+
+    gives_away: of the outputs for bridge queries, the share that holds the question's answer, a hop too early."""
     held: dict[str, list[bool]] = {}
+    early = []
     for pair, result in zip(pairs, results, strict=True):
-        kind = "final" if pair.target == pair.golden_answers else "bridge"
-        held.setdefault(f"{pair.quality}/{kind}", []).append(contains_answer("\n".join(result.documents), pair.target))
+        text, is_final = "\n".join(result.documents), pair.target == pair.golden_answers
+        held.setdefault(f"{pair.quality}/{'final' if is_final else 'bridge'}", []).append(contains_answer(text, pair.target))
+        if not is_final:
+            early.append(contains_answer(text, pair.golden_answers))
     words = [len(document.split()) for result in results for document in result.documents]
     return {
         "holds_answer": {name: {"share": float(np.mean(v)), "n": len(v)} for name, v in sorted(held.items())},
+        "gives_away": {"share": float(np.mean(early)) if early else 0.0, "n": len(early)},
         "parses": float(np.mean([result.well_formed for result in results])),
         "words_per_document": float(np.mean(words)) if words else 0.0,
         "n": len(pairs),
@@ -1631,7 +1638,8 @@ def show_probe(figures: dict[str, Any]) -> None:
     for name, entry in figures["holds_answer"].items():
         table.add_row(name, str(entry["n"]), f"{100 * entry['share']:.1f} %")
     Console().print(table)
-    Console().print(f"parses into the documents asked for: {100 * figures['parses']:.1f} %; "
+    Console().print(f"bridge queries answered with the question's answer: {100 * figures['gives_away']['share']:.1f} %; "
+                    f"parses into the documents asked for: {100 * figures['parses']:.1f} %; "
                     f"words per document: {figures['words_per_document']:.1f}")  # fmt: skip
 
 

@@ -5,6 +5,10 @@ script; for larger models `evaluate.py run --method agent` takes its place. The 
 line is a question with its turns. Documents from deeper ranks are kept too: `sft_simulator.py label` finds the noisy
 twin of a query among them.
 
+hasty.jsonl holds searches that skip a hop ("calling code of Bangkok"), to which a real engine answers with the hop
+("Bangkok is the capital of Thailand"). A simulator that has not seen them gives the final answer away, for it knows it,
+and the policy learns to skip.
+
     python data/scripted.py --split train --limit 800 --out runs/demo/trajectories
 """
 
@@ -32,6 +36,7 @@ from sft_simulator import (  # noqa: E402
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 DEPTH = 20  # ranks kept: enough to find documents on the topic that lack the answer
+HASTY = 3  # one in so many questions of several hops is also asked in haste
 
 
 def search_turn(query: str, target: list[str], documents: list[str], found: str | None) -> dict[str, Any]:
@@ -57,9 +62,17 @@ def play(question: dict[str, Any], steps: list[dict[str, Any]], engine: BM25Engi
     return question | {"answer": found, "turns": [*turns, answer_turn(found)]}
 
 
+def ask_hastily(question: dict[str, Any], decomposition: dict[str, Any], engine: BM25Engine) -> dict[str, Any]:
+    """A trajectory of one search: for the end of a question of several hops, at its subject. Its target is the first hop."""
+    first, before, last = decomposition["steps"][0], *decomposition["steps"][-2:]
+    query = last["query"].replace(before["golden_answers"][0], decomposition["subject"])
+    (result,) = engine.search([SearchRequest(query)])
+    return question | {"answer": None, "turns": [search_turn(query, first["golden_answers"], result.documents, None)]}
+
+
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Run folder; the trajectories go to OUT/predictions.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Run folder; trajectories go to OUT/predictions.jsonl, OUT/hasty.jsonl.")],
     split: Annotated[Literal["train", "dev"], typer.Option(help="Which questions.")] = "train",
     limit: Annotated[int, typer.Option(help="How many questions, from the start of the (shuffled) file.")] = 800,
     top_k: Annotated[int, typer.Option(help="Documents that the searcher reads.")] = 3,
@@ -68,13 +81,15 @@ def main(
     """Write trajectories that search, read and answer rightly."""
     world = ROOT / "data" / "world"
     open_run(out, locals(), overwrite)
-    steps = {row["id"]: row["steps"] for row in read_jsonl(world / "decompositions.jsonl", ("id", "steps"))}
+    decomposed = {row["id"]: row for row in read_jsonl(world / "decompositions.jsonl", ("id", "subject", "steps"))}
     engine = BM25Engine(world / "passages.jsonl", DEPTH)
     questions = read_questions(world / f"{split}.jsonl")[:limit]
-    records = [record for q in questions if (record := play(q, steps[q["id"]], engine, top_k))]
+    records = [record for q in questions if (record := play(q, decomposed[q["id"]]["steps"], engine, top_k))]
     if not records:
         raise UserError(f"no question of {split} could be answered with {top_k} documents a search")
     write_jsonl(out / "predictions.jsonl", records)
+    multi_hop = [q for q in questions if len(decomposed[q["id"]]["steps"]) > 1]
+    write_jsonl(out / "hasty.jsonl", [ask_hastily(q, decomposed[q["id"]], engine) for q in multi_hop[::HASTY]])
     console.print(f"{out / 'predictions.jsonl'}: {len(records)} trajectories of {len(questions)} questions")
 
 

@@ -41,42 +41,39 @@ import sft_simulator as sim
 import train_rl as rl
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Model = Annotated[str, typer.Option(help='"smollm2" (embedded), a Hub id or a folder.')]
 Episodes = Annotated[Path, typer.Option(help="real: episodes.jsonl of a training run.")]
-Prompts = Annotated[int, typer.Option(help="Prompts a step.")]
-Rollouts = Annotated[int, typer.Option(help="Rollouts of each.")]
-PromptTokens = Annotated[int, typer.Option(help="equal: tokens a prompt.")]
-CompletionTokens = Annotated[int, typer.Option(help="equal: tokens a completion.")]
-BatchTokens = Annotated[int, typer.Option(help="Ours: tokens a micro-batch.")]
-TrlBatch = Annotated[int, typer.Option(help="TRL: sequences a micro-batch (per_device_train_batch_size).")]
 RUN = sim.ROOT / "runs" / "demo" / "policy" / "episodes.jsonl"
+
+MODEL = "smollm2"
+PROMPTS, ROLLOUTS = 8, 8
+PROMPT_TOKENS, COMPLETION_TOKENS = 145, 64  # of the equal workload
+BATCH_TOKENS = 4096  # of our micro-batches
+TRL_BATCH = 8  # sequences of TRL's: per_device_train_batch_size
 
 
 # ---------------------------------------------------------------- workloads
 
 
-def equal_prompts(tokenizer, count: int, length: int) -> list[str]:
+def equal_prompts(tokenizer) -> list[str]:
     """Texts of exactly so many tokens: questions of the demo's world, one after the other, cut."""
     questions = [row["question"] for row in sim.read_questions(sim.ROOT / "data/world/train.jsonl")]
     texts = []
     for start in range(len(questions) - 100):
-        text = tokenizer.decode(tokenizer(" ".join(questions[start : start + 100]))["input_ids"][:length])
-        if len(tokenizer(text)["input_ids"]) == length:  # not if the cut fell within a character
+        text = tokenizer.decode(tokenizer(" ".join(questions[start : start + 100]))["input_ids"][:PROMPT_TOKENS])
+        if len(tokenizer(text)["input_ids"]) == PROMPT_TOKENS:  # not if the cut fell within a character
             texts.append(text)
-        if len(texts) == count:
+        if len(texts) == PROMPTS:
             return texts
-    raise sim.UserError(f"no {count} texts of {length} tokens could be made")
+    raise sim.UserError(f"no {PROMPTS} texts of {PROMPT_TOKENS} tokens could be made")
 
 
-def real_episodes(path: Path, prompts: int, rollouts: int) -> list[rl.Episode]:
-    """The first groups of a run, as they were played."""
-    names, groups = {f.name for f in fields(rl.Episode)}, {}
-    for row in sim.read_jsonl(path, ("step", "id", "ids", "mask", "prompt_tokens")):
-        groups.setdefault((row["step"], row["id"]), []).append(rl.Episode(**{n: v for n, v in row.items() if n in names}))
-    whole = [group[:rollouts] for group in groups.values() if len(group) >= rollouts][:prompts]
-    if len(whole) < prompts:
-        raise sim.UserError(f"{path}: fewer than {prompts} groups of {rollouts} episodes")
-    return [episode for group in whole for episode in group]
+def real_episodes(path: Path) -> list[rl.Episode]:
+    """The first episodes of a run, as they were played."""
+    names = {f.name for f in fields(rl.Episode)}
+    rows = sim.read_jsonl(path, ("id", "ids", "mask", "prompt_tokens"))[: PROMPTS * ROLLOUTS]
+    if len(rows) < PROMPTS * ROLLOUTS:
+        raise sim.UserError(f"{path}: fewer than {PROMPTS * ROLLOUTS} episodes")
+    return [rl.Episode(**{name: value for name, value in row.items() if name in names}) for row in rows]
 
 
 def set_rewards(episodes: list[rl.Episode]) -> None:
@@ -90,27 +87,27 @@ def set_rewards(episodes: list[rl.Episode]) -> None:
 def measure_ours(s: SimpleNamespace) -> dict[str, Any]:
     """Two steps of the kit's own functions; figures of the second."""
     accelerator = Accelerator(mixed_precision="bf16")
-    tokenizer = sim.load_tokenizer(s.model)
+    tokenizer = sim.load_tokenizer(MODEL)
     settings = {name: p.default for name, p in inspect.signature(rl.train).parameters.items()}
-    changes = {"model": s.model, "rollouts": s.rollouts, "kl_coef": 0.0, "importance_cap": 0.0, "batch_tokens": s.batch_tokens}
+    changes = {"model": MODEL, "rollouts": ROLLOUTS, "kl_coef": 0.0, "importance_cap": 0.0, "batch_tokens": BATCH_TOKENS}
     trainer = rl.make_trainer(accelerator, options := SimpleNamespace(**settings | changes))
     generator, norms = None, []
     if s.workload == "equal":
-        generator = sim.load_generator(s.model, device=accelerator.device, engine="vllm" if s.side == "vllm" else "hf")
+        generator = sim.load_generator(MODEL, device=accelerator.device, engine="vllm" if s.side == "vllm" else "hf")
         if s.side == "vllm":  # in either case every completion has its full length
             generator.sampling_params = functools.partial(generator.sampling_params, ignore_eos=True)
         else:
             generator.tokenizer = SimpleNamespace(eos_token_id=-1)
-        ids = [tokenizer(text)["input_ids"] for text in equal_prompts(tokenizer, s.prompts, s.prompt_tokens)]
+        ids = [tokenizer(text)["input_ids"] for text in equal_prompts(tokenizer)]
     for step in range(2):
         clock, episodes = rl.PhaseClock(), []
         if s.workload == "real":
-            episodes = real_episodes(s.episodes, s.prompts, s.rollouts)
+            episodes = real_episodes(s.episodes)
         else:
             with clock("rollout"):
-                prompts = [prompt for prompt in ids for _ in range(s.rollouts)]
+                prompts = [prompt for prompt in ids for _ in range(ROLLOUTS)]
                 seeds = [step * 1000 + i for i in range(len(prompts))]
-                sampled = generator.generate(prompts, sim.Sampling(s.completion_tokens), seeds)
+                sampled = generator.generate(prompts, sim.Sampling(COMPLETION_TOKENS), seeds)
             for prompt, generation in zip(prompts, sampled):
                 episodes.append(episode := rl.Episode("", "", []))
                 episode.read(prompt)
@@ -132,7 +129,7 @@ def measure_trl(s: SimpleNamespace) -> dict[str, Any]:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = sim.load_tokenizer(s.model)
+    tokenizer = sim.load_tokenizer(MODEL)
     stored, drawn, timings = [], Counter(), []
 
     class Timed(GRPOTrainer):
@@ -156,7 +153,7 @@ def measure_trl(s: SimpleNamespace) -> dict[str, Any]:
         """TRL's hook for rollouts made elsewhere: env_mask is 0 at the tokens of documents."""
         chosen = []
         for prompt in prompts:
-            chosen.append(stored[int(prompt) * s.rollouts + drawn[prompt] % s.rollouts])
+            chosen.append(stored[int(prompt) * ROLLOUTS + drawn[prompt] % ROLLOUTS])
             drawn[prompt] += 1
         return {
             "prompt_ids": [e.ids[: e.prompt_tokens] for e in chosen],
@@ -169,16 +166,16 @@ def measure_trl(s: SimpleNamespace) -> dict[str, Any]:
         return [float(i % 2) for i in range(len(completions))]
 
     if s.workload == "real":
-        stored = real_episodes(s.episodes, s.prompts, s.rollouts)
-        texts = [str(i) for i in range(s.prompts)]
+        stored = real_episodes(s.episodes)
+        texts = [str(i) for i in range(PROMPTS)]
     else:
-        texts = equal_prompts(tokenizer, s.prompts, s.prompt_tokens)
-    model = sim.load_model(s.model).train()
+        texts = equal_prompts(tokenizer)
+    model = sim.load_model(MODEL).train()
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, max_steps=2, per_device_train_batch_size=s.trl_batch,
-            gradient_accumulation_steps=s.prompts * s.rollouts // s.trl_batch, num_generations=s.rollouts,
-            max_completion_length=s.completion_tokens, generation_kwargs={"min_new_tokens": s.completion_tokens},
+            output_dir=folder, max_steps=2, per_device_train_batch_size=TRL_BATCH,
+            gradient_accumulation_steps=PROMPTS * ROLLOUTS // TRL_BATCH, num_generations=ROLLOUTS,
+            max_completion_length=COMPLETION_TOKENS, generation_kwargs={"min_new_tokens": COMPLETION_TOKENS},
             temperature=1.0, beta=0.0, loss_type="dapo", learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0,
             optim="adamw_torch_fused", bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
             dataloader_pin_memory=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
@@ -201,14 +198,7 @@ def counts(episodes: list[rl.Episode]) -> dict[str, int]:
 def measure(
     side: Annotated[Literal["ours", "vllm", "trl"], typer.Argument(help="vllm: ours, with that engine.")],
     workload: Annotated[Literal["equal", "real"], typer.Argument()],
-    model: Model = "smollm2",
     episodes: Episodes = RUN,
-    prompts: Prompts = 8,
-    rollouts: Rollouts = 8,
-    prompt_tokens: PromptTokens = 145,
-    completion_tokens: CompletionTokens = 64,
-    batch_tokens: BatchTokens = 4096,
-    trl_batch: TrlBatch = 8,
 ) -> None:
     """One measurement; prints it as a line of JSON. Seconds, tokens, bytes."""
     s = SimpleNamespace(**locals())
@@ -233,53 +223,40 @@ def useful_flops(model, tokens: int, trained: int) -> float:
 def compare(
     out: Annotated[Path, typer.Option(help="Where the tables go (Markdown).")] = sim.ROOT / "results" / "trl.md",
     pairs: Annotated[int, typer.Option(help="Pairs of measurements for each workload.")] = 3,
-    model: Model = "smollm2",
     episodes: Episodes = RUN,
-    prompts: Prompts = 8,
-    rollouts: Rollouts = 8,
-    prompt_tokens: PromptTokens = 145,
-    completion_tokens: CompletionTokens = 64,
-    batch_tokens: BatchTokens = 4096,
-    trl_batch: TrlBatch = 8,
 ) -> None:
     """Measure both workloads on both sides in turn, and write the tables."""
-    s = SimpleNamespace(**locals())
-    if prompts * rollouts % trl_batch:
-        raise sim.UserError(f"{prompts} x {rollouts} rollouts can't be cut into TRL's micro-batches of {trl_batch}")
-    real_episodes(episodes, prompts, rollouts)
-    lm = sim.load_model(model)
+    real_episodes(episodes)
+    lm = sim.load_model(MODEL)
     rate = rl.peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    options = ["--model", model, "--episodes", episodes, "--prompts", prompts, "--rollouts", rollouts, "--prompt-tokens",
-               prompt_tokens, "--completion-tokens", completion_tokens, "--batch-tokens", batch_tokens,
-               "--trl-batch", trl_batch]  # fmt: skip
-    parts = [introduction(s, rate)]
+    parts = [introduction(pairs, rate)]
     for workload in ("equal", "real"):
         sides = ["ours", "trl"] + ["vllm"] * bool(workload == "equal" and importlib.util.find_spec("vllm"))
         measured: dict[str, list[dict]] = {side: [] for side in sides}
         for pair in range(pairs):
             for side in sides[:: -1 if pair % 2 else 1]:
-                measured[side].append(run_measurement(side, workload, options))
+                measured[side].append(run_measurement(side, workload, episodes))
                 sim.console.print(f"{workload}, pair {pair + 1} of {pairs}, {side}: {json.dumps(measured[side][-1])}")
         parts.append(section(workload, measured, lm, rate))
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     sim.console.print(f"written: {out}")
 
 
-def run_measurement(side: str, workload: str, options: list) -> dict[str, Any]:
-    command = [sys.executable, __file__, "measure", side, workload, *map(str, options)]
+def run_measurement(side: str, workload: str, episodes: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "measure", side, workload, "--episodes", str(episodes)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise sim.UserError(f"{side}, {workload}: the measurement failed, see above")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def introduction(s: SimpleNamespace, rate: float) -> str:
+def introduction(pairs: int, rate: float) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads of a CPU"
     return (f"# Optimisation steps beside TRL's GRPOTrainer\n\nMade by `make bench-trl` (results/bench_trl.py says how). "
-            f"Model {s.model}, {s.prompts * s.rollouts} rollouts of {s.prompts} prompts, bfloat16 autocast over float32 "
-            f"weights, no KL, no gradient checkpointing; medians of {s.pairs} pairs taken in turn, each in its own process "
-            f"after one step of warm-up. Micro-batches: ours {s.batch_tokens} tokens, TRL's {s.trl_batch} sequences.\n\n"
+            f"Model {MODEL}, {PROMPTS * ROLLOUTS} rollouts of {PROMPTS} prompts, bfloat16 autocast over float32 "
+            f"weights, no KL, no gradient checkpointing; medians of {pairs} pairs taken in turn, each in its own process "
+            f"after one step of warm-up. Micro-batches: ours {BATCH_TOKENS} tokens, TRL's {TRL_BATCH} sequences.\n\n"
             f"{versions}; Python {platform.python_version()}, {device}, {os.cpu_count()} cores. A large bfloat16 "
             f"matrix product runs at {rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body "
             f"parameters x real tokens + 6 x head parameters x trained positions.")  # fmt: skip

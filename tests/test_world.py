@@ -191,3 +191,18 @@ def test_bm25_finds_the_passage_of_every_kind_of_step():
     for (edge, step), places in zip(steps, found, strict=True):
         hits[edge].append(step["passage"] in {passages[place]["id"] for place in places})
     assert {edge: sum(hit) / len(hit) for edge, hit in hits.items() if sum(hit) < 0.97 * len(hit)} == {}
+
+
+def test_the_scripted_searcher_also_asks_in_haste(tmp_path):
+    """Hasty searches name the question's subject and no hop; what they are labelled with is the first hop, not the end."""
+    subprocess.run([sys.executable, ROOT / "data/scripted.py", "--limit", "90", "--out", tmp_path / "out"], check=True)
+    read = lambda name: [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]  # noqa: E731
+    assert all(record["turns"][-1]["action"] == "answer" for record in read("predictions.jsonl"))
+    hasty = read("hasty.jsonl")
+    assert len(hasty) > 10
+    for record in hasty:
+        (turn,), chain = record["turns"], CHAINS[record["id"]]
+        assert plain(chain["subject"]) in plain(turn["query"]) and turn["target"] == chain["steps"][0]["golden_answers"]
+        assert turn["target"] != record["golden_answers"]
+        assert not any(plain(hop) in plain(turn["query"]) for step in chain["steps"] for hop in step["golden_answers"]
+                       if plain(hop) not in plain(chain["subject"]))  # fmt: skip
