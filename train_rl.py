@@ -532,6 +532,8 @@ class Trainer:
 
     def total(self, value: float | Tensor) -> float:
         """The sum over all ranks."""
+        if self.accelerator.num_processes == 1:
+            return float(value)  # without a float64 tensor on the device: Apple's GPUs have none
         return self.accelerator.reduce(torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device)).item()
 
 
