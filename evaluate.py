@@ -325,6 +325,7 @@ def answer_scores(answer: str | None, golden_answers: list[str]) -> dict[str, fl
 
 
 PERCENT = tuple(answer_scores(None, []))
+COMPARED = ("em", "f1", "cover_em")
 
 
 def answer_row(record: dict[str, Any]) -> dict[str, float]:
@@ -402,7 +403,7 @@ def answer_metric(**options: Any):
 
         def _compute(self, predictions, references):
             rows = [answer_scores(answer, golds) for answer, golds in zip(predictions, references, strict=True)]
-            return {name: 100 * math.fsum(row[name] for row in rows) / len(rows) for name in ("em", "f1", "cover_em")}
+            return {name: 100 * math.fsum(row[name] for row in rows) / len(rows) for name in COMPARED}
 
     return AnswerMatch(**options)
 
@@ -608,7 +609,7 @@ def paired_difference(a: Path, b: Path) -> dict[str, Any]:
     of_a, of_b = scores
     if alone := sorted(of_a.keys() ^ of_b.keys()):
         raise UserError(f"{a} and {b} answer different questions: {len(alone)} ids are in one only, such as {alone[0]}")
-    differences = [{name: of_b[i][name] - of_a[i][name] for name in ("em", "f1")} for i in sorted(of_a)]
+    differences = [{name: of_b[i][name] - of_a[i][name] for name in COMPARED} for i in sorted(of_a)]
     result: dict[str, Any] = {"a": str(a), "b": str(b), "n": len(differences)}
     for name, d in summarize(differences).items():
         means = [math.fsum(row[name] for row in of.values()) / len(of) for of in scores]
@@ -628,7 +629,7 @@ def compare(
     if as_json:
         return print(json.dumps(result))
     rows = [[name, f"{d['a']:.2f}", f"{d['b']:.2f}", f"{d['difference']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}",
-             f"{d['p']:.4f}"] for name in ("em", "f1") for d in [result[name]]]  # fmt: skip
+             f"{d['p']:.4f}"] for name in COMPARED for d in [result[name]]]  # fmt: skip
     title = f"A: {a}\nB: {b}\n{result['n']} questions, in percent"
     costs.print_table(title, ["", "A", "B", "B - A", "95 % interval", "p"], rows)
 
@@ -797,7 +798,7 @@ def evaluation_section(evaluations: dict[str, dict], names: dict[str, Path], out
     """Tables by run and by hops, the two agents' paired difference, and the bars."""
     header = ["run", "benchmark", "method", "engine", "n", "EM, %", "F1, %", "cover-EM, %", "searches a question"]
     rows = [[name, r["benchmark"], r["method"], r["engine"], str(r["n"]), *(with_interval(r["metrics"][metric])
-             for metric in ("em", "f1", "cover_em")), with_interval(r["metrics"]["searches"], 2)]
+             for metric in COMPARED), with_interval(r["metrics"]["searches"], 2)]
             for name, r in evaluations.items()]  # fmt: skip
     parts = ["## Test", "Greedy answers against the golden ones; in brackets the 95 % bootstrap interval.",
              markdown_table(header, rows, text_columns=4)]  # fmt: skip
