@@ -54,8 +54,10 @@ stages:
 	$(call stage,world,$(PY) data/world.py build)
 	$(call stage,trajectories,$(PY) data/scripted.py --top-k 3 --limit $(TRAJECTORIES) --out $(DEMO)/trajectories --overwrite && \
 		$(PY) data/scripted.py --top-k 3 --split dev --limit $(PROBES) --out $(DEMO)/trajectories-dev --overwrite && \
-		$(PY) sft_simulator.py label $(DEMO)/trajectories/{predictions,hasty}.jsonl --top-k 3 --limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
-		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/{predictions,hasty}.jsonl --top-k 3 --limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
+		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl $(DEMO)/trajectories/hasty.jsonl --top-k 3 \
+		--limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
+		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl $(DEMO)/trajectories-dev/hasty.jsonl --top-k 3 \
+		--limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
 	$(call stage,simulator,$(PY) sft_simulator.py train $(DEMO)/pairs.jsonl --out $(DEMO)/simulator --lr 3e-4 \
 		--batch-size 4 --words 20 --seed $(SEED) --overwrite)
 	$(call stage,probe,$(PY) sft_simulator.py probe $(DEMO)/pairs-dev.jsonl --simulator $(DEMO)/simulator/model \
