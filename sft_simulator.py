@@ -1329,7 +1329,7 @@ def make_accelerator(**options) -> Accelerator:
 def leave(state: PartialState) -> None:
     """The last act of a stage on several ranks: all wait, then the process group is taken down.
 
-    Without it gloo's threads, still holding a tensor as Python ends, abort now and then: 6 of 50 exits after a reduction."""
+    Without it gloo's threads, which may still hold a tensor as Python ends, abort the process now and then."""
     state.wait_for_everyone()
     state.destroy_process_group()
 
