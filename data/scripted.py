@@ -64,10 +64,10 @@ def play(question: dict[str, Any], steps: list[dict[str, Any]], engine: BM25Engi
 
 def ask_hastily(question: dict[str, Any], decomposition: dict[str, Any], engine: BM25Engine) -> dict[str, Any]:
     """A trajectory of one search: for the end of a question of several hops, at its subject. Its target is the first hop."""
-    first, before, last = decomposition["steps"][0], *decomposition["steps"][-2:]
-    query = last["query"].replace(before["golden_answers"][0], decomposition["subject"])
+    steps = decomposition["steps"]
+    query = steps[-1]["query"].replace(steps[-2]["golden_answers"][0], decomposition["subject"])
     (result,) = engine.search([SearchRequest(query)])
-    return question | {"answer": None, "turns": [search_turn(query, first["golden_answers"], result.documents, None)]}
+    return question | {"answer": None, "turns": [search_turn(query, steps[0]["golden_answers"], result.documents, None)]}
 
 
 @app.command()
