@@ -99,6 +99,7 @@ SHORT = --top-k 3 --max-searches 2 --tokens-per-turn 64 --context-tokens 1280 --
 answer = evaluate.py run --method $1 --data $3/$2.jsonl --corpus $(BENCH)/passages.jsonl \
 	--model $(if $(filter agent,$1),$(DEMO)/warmup/model,smollm2) --limit $(if $(filter direct rag,$1),$(EACH_CHEAP),$(EACH)) \
 	$(SHORT) --seed $(SEED) --overwrite --out $(BENCH)/$1/$2
+# Ids are unique within a benchmark alone: to compare all of them at once, its name goes before each.
 NAMED = for n in $(NAMES); do sed "s/^{\"id\": \"/&$$n-/" $(BENCH)/$1/$$n/predictions.jsonl; done > $(BENCH)/$1.jsonl
 TABLE = evaluate.py table $(foreach m,$(METHODS),$(NAMES:%=$(BENCH)/$m/%)) --paper-model Qwen-2.5-3B --markdown
 
@@ -117,12 +118,12 @@ $(foreach m,$(METHODS),python $(call answer,$m,NAME,FOLDER)
 endef
 export BENCHMARKS_TEXT
 
-# Ids are unique within a benchmark alone: to compare all of them at once, its name goes before each.
 benchmarks: $(foreach m,$(METHODS),$(NAMES:%=$(BENCH)/$m/%/results.json))
 	@$(foreach m,direct rag,$(call NAMED,$m);)
 	@{ echo "$$BENCHMARKS_TEXT" | sed 's/^ python/python/'; $(PY) $(TABLE); \
 		printf '\nRAG beside direct answering, question by question:\n\n```\n'; \
-		$(PY) evaluate.py compare $(BENCH)/direct.jsonl $(BENCH)/rag.jsonl; echo '```'; } > results/benchmarks.md && cat results/benchmarks.md
+		$(PY) evaluate.py compare $(BENCH)/direct.jsonl $(BENCH)/rag.jsonl; echo '```'; } > results/benchmarks.md \
+		&& cat results/benchmarks.md
 
 $(BENCH)/%/results.json: | $(BENCH)/passages.jsonl
 	$(PY) $(call answer,$(firstword $(subst /, ,$*)),$(notdir $*),$(QA_DATA))

@@ -256,8 +256,8 @@ def introduction(pairs: int, rate: float) -> str:
     return (f"# Optimisation steps beside TRL's GRPOTrainer\n\nMade by `make bench-trl` (results/bench_trl.py says how). "
             f"Model {MODEL}, {PROMPTS * ROLLOUTS} rollouts of {PROMPTS} prompts, bfloat16 autocast over float32 "
             f"weights, no KL, no gradient checkpointing; medians of {pairs} pair{'s' * (pairs > 1)}, the sides in "
-            f"turn, each in its own process "
-            f"after one step of warm-up. Micro-batches: ours {BATCH_TOKENS} tokens, TRL's {TRL_BATCH} sequences.\n\n"
+            f"turn, each in its own process after one step of warm-up. "
+            f"Micro-batches: ours {BATCH_TOKENS} tokens, TRL's {TRL_BATCH} sequences.\n\n"
             f"{versions}; Python {platform.python_version()}, {device}, {os.cpu_count()} cores. A large bfloat16 "
             f"matrix product runs at {rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body "
             f"parameters x real tokens + 6 x head parameters x trained positions.")  # fmt: skip
