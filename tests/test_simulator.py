@@ -330,12 +330,13 @@ def test_supervised_training_learns_and_only_the_masked_tokens(tmp_path, tokeniz
 
 def test_probe_tells_what_is_held_and_what_is_given_away():
     pair = lambda quality, target: sim.Pair("q?", ["gold"], "q", target, quality)  # noqa: E731
-    pairs = [pair("useful", ["gold"]), pair("noisy", ["gold"]), pair("useful", ["hop"]), pair("useful", ["hop"])]
-    results = [sim.SearchResult([text, "b"]) for text in ("the gold", "none", "the hop", "the gold")]
+    pairs = [pair("useful", ["gold"]), pair("noisy", ["gold"]), *[pair("useful", ["hop"])] * 4]
+    texts = ("the gold", "none", "the hop", "hop", "no", "the gold")
+    results = [sim.SearchResult([text, "b"]) for text in texts]
     figures = sim.probe_figures(pairs, results)
     shares = {name: entry["share"] for name, entry in figures["holds_answer"].items()}
     assert shares == {"useful/final": 1.0, "noisy/final": 0.0, "useful/bridge": 0.5}
-    assert figures["gives_away"] == {"share": 0.5, "n": 2}
+    assert figures["gives_away"] == {"share": 0.25, "n": 4}
 
 
 def test_label_train_probe_search_run(run_script, jsonl, tiny, tmp_path):
