@@ -15,6 +15,7 @@ better than expected, `update` makes them likelier. Documents are read, never tr
     accelerate launch train_rl.py train ...        # any number of devices, by Accelerate's own config
 """
 
+import itertools
 import json
 import logging
 import math
@@ -93,6 +94,8 @@ from sft_simulator import (
     neutralize,
     normalize_answer,
     open_run,
+    own_tokens,
+    packed_states,
     progress_bar,
     prompt_ids,
     read_jsonl,
@@ -484,15 +487,15 @@ class Critic(nn.Module):
     def __init__(self, model):
         super().__init__()
         self._no_split_modules = model._no_split_modules  # as in TokenScorer
+        model.set_attn_implementation("packed")
         self.decoder = model.get_decoder()
         self.head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask (B, T), right-padded -> values of the N masked tokens, in row order: (N,)."""
-        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-        return self.head(hidden[:, :-1][mask[:, 1:].bool()]).squeeze(-1).float()
+        """ids, mask (B, T), as of `collate` -> values of the N masked tokens, in row order: (N,)."""
+        return self.head(packed_states(self.decoder, ids, mask)).squeeze(-1).float()
 
 
 @dataclass
@@ -521,7 +524,7 @@ class Trainer:
         """A scorer's or critic's output without gradient, one tensor (L_i,) a sequence."""
         results: list[Tensor] = [torch.empty(0)] * len(sequences)
         with torch.no_grad():
-            for part in same_count(self.accelerator, micro_batches([len(s.ids) for s in sequences], budget)):
+            for part in same_count(self.accelerator, micro_batches(sequences, budget)):
                 batch = [sequences[i] for i in part]
                 out = module(*collate(batch or [NOTHING], self.accelerator.device), **kwargs)
                 out = out[0] if isinstance(out, tuple) else out
@@ -648,7 +651,7 @@ def train_epoch(trainer: Trainer, s: SimpleNamespace, sequences: list[Sequence],
     """One pass over the batch, which leaves its gradient. Returns sums over this rank's trained tokens."""
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
     sums = dict.fromkeys(("policy", "kl", "entropy", "clipped", "gap", "value", "scored"), 0.0)
-    for part in same_count(trainer.accelerator, micro_batches([len(sequences[i].ids) for i in trained], s.batch_tokens)):
+    for part in same_count(trainer.accelerator, micro_batches([sequences[i] for i in trained], s.batch_tokens)):
         if not part:
             idle_backward(trainer)
             continue
@@ -765,8 +768,9 @@ def rollout_metrics(episodes: list[Episode], group_size: int) -> dict[str, float
 def rates(trainer: Trainer, metrics: dict[str, float], peak: float) -> dict[str, float]:
     """Tokens a second and useful TFLOP/s by phase, over all ranks; MFU, the share of their measured peak the update reaches.
 
-    Useful operations: 2 (forward) or 6 (backward too) for each parameter of the body and real token, and for each of the
-    head where it scores a token. Padding, recomputation and attention's own products don't count."""
+    Useful operations: 2 (forward) or 6 (backward too) for each parameter of the body and token, and for each of the head
+    where it scores a token. A beginning that sequences of a micro-batch share is computed, and counted, once; as tokens
+    a second it counts in each. Recomputation and attention's own products don't count."""
     found = {"rate/rollout_tokens": metrics["cost/policy_tokens"] / metrics["time/rollout"]}
     for phase, operations in (("reference", 2), ("update", 6)):
         done = [work for work in trainer.work if work.operations == operations]
@@ -780,13 +784,15 @@ def rates(trainer: Trainer, metrics: dict[str, float], peak: float) -> dict[str,
 
 def useful_products(accelerator: Accelerator, work: Pass) -> int:
     """Parameters times the tokens they see: the embedding, a mere lookup, sees none, the head the scored ones."""
+    seen = sum(own_tokens(s, above) for above, s in itertools.pairwise([None, *work.batch]))
+    scored = sum(sum(s.mask[1:]) for s in work.batch)
     module = accelerator.unwrap_model(work.module)
     if isinstance(module, Critic):
         decoder, head = module.decoder, module.head
     else:
         decoder, head = module.model.get_decoder(), module.model.get_output_embeddings()
     body = sum(p.numel() for p in decoder.parameters()) - decoder.get_input_embeddings().weight.numel()
-    return sum(body * len(s.ids) + head.weight.numel() * sum(s.mask[1:]) for s in work.batch)
+    return body * seen + head.weight.numel() * scored
 
 
 def peak_flops(device: torch.device) -> float:
@@ -827,7 +833,7 @@ def warmup(
     epochs: int = 1,
     lr: float = 1e-4,
     batch_size: Annotated[int, typer.Option(help="Trajectories a step.")] = 8,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a micro-batch, padding included.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a micro-batch; shared beginnings count once.")] = 4096,
     prompts: PromptsFile = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -983,7 +989,7 @@ def train(
     simulator_words: Annotated[int, typer.Option(help="Words a document, as the simulator is asked.")] = 25,
     simulator_max_tokens: int = 600,
     simulator_temperature: float = 0.8,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a micro-batch, padding included.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a micro-batch; shared beginnings count once.")] = 4096,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     generator: GeneratorOption = "auto",

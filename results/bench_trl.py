@@ -114,6 +114,7 @@ def measure_ours(s: SimpleNamespace) -> dict[str, Any]:
                 episode.prompt_tokens = len(prompt)
                 episode.write(generation.ids, generation.logprobs)
         set_rewards(episodes)
+        trainer.work.clear()
         norms.append(rl.update(trainer, options, episodes, clock)["loss/grad_norm"])
         if generator:
             with clock("sync"):
@@ -121,7 +122,10 @@ def measure_ours(s: SimpleNamespace) -> dict[str, Any]:
         seconds = clock.metrics()
     rollout = seconds.get("time/rollout", 0.0)
     update = seconds["time/reference"] + seconds["time/update"]
-    return {"rollout": rollout, "update": update, "step": seconds["time/step"], "grad_norm": norms[0]} | counts(episodes)
+    flops = sum(work.operations * rl.useful_products(accelerator, work) for work in trainer.work)
+    tokens, trained = sum(len(e.ids) for e in episodes), sum(sum(e.mask) for e in episodes)
+    return {"rollout": rollout, "update": update, "step": seconds["time/step"], "grad_norm": norms[0],
+            "tokens": tokens, "trained": trained, "flops": flops}  # fmt: skip
 
 
 def measure_trl(s: SimpleNamespace) -> dict[str, Any]:
@@ -186,12 +190,8 @@ def measure_trl(s: SimpleNamespace) -> dict[str, Any]:
     last = timings[-1]
     norm = next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
     update = last["step"] - last["rollout"]
-    return {"rollout": last["rollout"], "update": update, "step": last["step"], "grad_norm": norm,
-            "tokens": last["tokens"], "trained": last["trained"]}  # fmt: skip
-
-
-def counts(episodes: list[rl.Episode]) -> dict[str, int]:
-    return {"tokens": sum(len(e.ids) for e in episodes), "trained": sum(sum(e.mask) for e in episodes)}
+    return {"rollout": last["rollout"], "update": update, "step": last["step"], "grad_norm": norm, "tokens": last["tokens"],
+            "trained": last["trained"], "flops": useful_flops(model, last["tokens"], last["trained"])}  # fmt: skip
 
 
 @app.command()
@@ -227,7 +227,6 @@ def compare(
 ) -> None:
     """Measure both workloads on both sides in turn, and write the tables."""
     real_episodes(episodes)
-    lm = sim.load_model(MODEL)
     rate = rl.peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parts = [introduction(pairs, rate)]
     for workload in ("equal", "real"):
@@ -237,7 +236,7 @@ def compare(
             for side in sides[:: -1 if pair % 2 else 1]:
                 measured[side].append(run_measurement(side, workload, episodes))
                 sim.console.print(f"{workload}, pair {pair + 1} of {pairs}, {side}: {json.dumps(measured[side][-1])}")
-        parts.append(section(workload, measured, lm, rate))
+        parts.append(section(workload, measured, rate))
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     sim.console.print(f"written: {out}")
 
@@ -260,7 +259,8 @@ def introduction(pairs: int, rate: float) -> str:
             f"Micro-batches: ours {BATCH_TOKENS} tokens, TRL's {TRL_BATCH} sequences.\n\n"
             f"{versions}; Python {platform.python_version()}, {device}, {os.cpu_count()} cores. A large bfloat16 "
             f"matrix product runs at {rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body "
-            f"parameters x real tokens + 6 x head parameters x trained positions.")  # fmt: skip
+            f"parameters x tokens + 6 x head parameters x trained positions; a beginning that episodes of a micro-batch share "
+            f"is computed once by this kit, and then counted once, but in each episode as tokens/s.")  # fmt: skip
 
 
 NAMES = {"ours": "this kit", "vllm": "this kit, vLLM", "trl": "TRL"}
@@ -272,16 +272,15 @@ WORKLOADS = {
 }  # fmt: skip
 
 
-def section(workload: str, measured: dict[str, list[dict]], model, rate: float) -> str:
+def section(workload: str, measured: dict[str, list[dict]], rate: float) -> str:
     """The table of one workload, and what it says."""
     header = ["", "update, s", "tokens/s", "MFU, %", "generation, s", "sampled/s", "whole step, s", "peak, GB", "gradient norm"]
     rows = []
     for side, runs in measured.items():
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        flops = useful_flops(model, middle["tokens"], middle["trained"])
         sampled = workload == "equal"
         rows.append([NAMES[side], f"{middle['update']:.2f}", f"{middle['tokens'] / middle['update']:.0f}",
-                     f"{100 * flops / middle['update'] / rate:.1f}", f"{middle['rollout']:.2f}" if sampled else "-",
+                     f"{100 * middle['flops'] / middle['update'] / rate:.1f}", f"{middle['rollout']:.2f}" if sampled else "-",
                      f"{middle['trained'] / middle['rollout']:.0f}" if sampled else "-",
                      f"{middle['step']:.2f}" if sampled else "-", f"{middle['peak'] / 1e9:.2f}",
                      f"{middle['grad_norm']:.4f}"])  # fmt: skip

@@ -89,13 +89,14 @@ def test_rates_by_hand():
     scorer = rl.TokenScorer(make_model(259))
     trainer = rl.Trainer(Accelerator(cpu=True), scorer, None)
     body, head = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32) + 32, 259 * 32
-    batch = [sim.Sequence([5] * 10, [0] * 6 + [1] * 4), sim.Sequence([5] * 7, [0] * 5 + [1] * 2)]
+    batch = [sim.Sequence([5] * 10, [0] * 6 + [1] * 4), sim.Sequence([5] * 3 + [6] * 4, [0] * 5 + [1] * 2)]
     trainer.work += [rl.Pass(scorer, batch, 2), rl.Pass(scorer, batch[:1], 6), rl.Pass(scorer, batch[1:], 6)]
     metrics = {"time/rollout": 3.0, "time/reference": 1.0, "time/update": 2.0, "cost/policy_tokens": 6}
-    forward = 2 * (17 * body + 6 * head)
+    forward = 2 * (14 * body + 6 * head)  # three tokens are shared
+    update = 6 * (17 * body + 6 * head) / 2  # a second; not in micro-batches of one
     assert rl.rates(trainer, metrics, 1e6) == pytest.approx({
         "rate/rollout_tokens": 2.0, "rate/reference_tokens": 17.0, "rate/reference_tflops": forward / 1e12,
-        "rate/update_tokens": 8.5, "rate/update_tflops": 3 * forward / 2 / 1e12, "rate/mfu": 3 * forward / 2 / 1e6,
+        "rate/update_tokens": 8.5, "rate/update_tflops": update / 1e12, "rate/mfu": update / 1e6,
     })  # fmt: skip
     assert not trainer.work
 

@@ -1,12 +1,13 @@
 """Chapter 1: text, generation, search engines, the tuning set, supervised training, the commands."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 from conftest import ROOT, make_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 import sft_simulator as sim
 
@@ -293,25 +294,56 @@ def test_label_balances():
 # ---------------------------------------------------------------- supervised training
 
 
-def test_scorer_equals_plain_log_softmax(tokenizer):
-    model = make_model(len(tokenizer)).double().eval()
-    sequences = [sim.Sequence([5, 6, 7, 8, 9], [0, 1, 0, 1, 1]), sim.Sequence([9, 8, 7], [1, 0, 1])]
+SHARED = [5, 6, 7, 8, 9, 5, 6]
+ROWS = [SHARED + [20, 21, 22], SHARED + [20, 21, 23, 24, 25, 26, 27], SHARED + [30], [40, 41, 42], SHARED + [30], SHARED[:4],
+        [40, 41, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58]]  # fmt: skip
+
+
+def mistral(vocabulary):
+    """Its attention sees five tokens back, no more."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "initializer_range": 0.2}  # fmt: skip
+    return MistralForCausalLM(MistralConfig(vocab_size=vocabulary, sliding_window=5, **sizes))
+
+
+@pytest.mark.parametrize("make", [make_model, lambda n: make_model(n, num_key_value_heads=4), mistral])
+@pytest.mark.parametrize("rows", [ROWS, [row * 150 for row in ROWS]], ids=["short", "long"])  # long: torch's own attention
+def test_scorer_equals_a_plain_pass_over_every_row(tokenizer, make, rows):
+    """Log-probs, entropies and gradient, whatever the rows share; and the decoder sees no token twice, and no padding."""
+    model = make(len(tokenizer)).double().eval()
+    plain = copy.deepcopy(model)
+    sequences = [sim.Sequence(row, [int(t % 3 > 0 or t > 8) for t in range(len(row))]) for row in rows]
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    order = [i for part in sim.micro_batches(sequences, 100_000) for i in part]
+    sequences = [sequences[i] for i in order]
     ids, mask = sim.collate(sequences, torch.device("cpu"))
-    logprobs, entropies = sim.TokenScorer(model, chunk=2)(ids, mask, temperature=0.5)
+    logprobs, entropies = sim.TokenScorer(model, chunk=7)(ids, mask, temperature=0.5)
     expected, entropy = [], []
     for s in sequences:
-        logits = (model(torch.tensor([s.ids])).logits[0] / 0.5).log_softmax(-1)
+        logits = (plain(torch.tensor([s.ids])).logits[0] / 0.5).log_softmax(-1)
         expected += [logits[t - 1, s.ids[t]] for t in range(1, len(s.ids)) if s.mask[t]]
         entropy += [-(logits[t - 1].exp() * logits[t - 1]).sum() for t in range(1, len(s.ids)) if s.mask[t]]
     assert torch.allclose(logprobs, torch.stack(expected), atol=1e-12)
     assert torch.allclose(entropies, torch.stack(entropy), atol=1e-12)
+    weights = torch.linspace(-1, 2, len(logprobs), dtype=torch.float64)
+    for scores in (logprobs, torch.stack(expected)):
+        (scores * weights).sum().backward()
+    for (name, found), right in zip(model.named_parameters(), plain.parameters()):
+        assert (found.grad - right.grad).norm() <= 1e-6 * right.grad.norm(), name  # their norms are in float32
+    assert seen == [len({tuple(row[: t + 1]) for row in rows for t in range(len(row))})]  # the nodes of their tree
 
 
 def test_micro_batches_cover_everything_within_the_budget():
-    lengths = [5, 9, 1, 7, 7, 20, 3]
-    batches = sim.micro_batches(lengths, 16)
-    assert sorted(i for b in batches for i in b) == list(range(7))
-    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 16 for b in batches)
+    sequences = [sim.Sequence(row, []) for row in ROWS]
+    for budget in (1, 12, 20, 1000):
+        batches = sim.micro_batches(sequences, budget)
+        assert sorted(i for b in batches for i in b) == list(range(len(ROWS)))
+        for batch in batches:
+            nodes = {tuple(ROWS[i][: t + 1]) for i in batch for t in range(len(ROWS[i]))}
+            assert len(batch) == 1 or len(nodes) <= budget
+    assert len(batches) == 1  # all of it fits
+    assert sim.micro_batches([], 10) == []
 
 
 def test_supervised_training_learns_and_only_the_masked_tokens(tmp_path, tokenizer):
