@@ -1356,7 +1356,6 @@ class Block:
     """Rows of about one length that attend together: R rows, each with up to Q own tokens, of up to K with the shared ones."""
 
     columns: Tensor  # (R, Q): the own tokens' positions in their rows
-    own: Tensor  # (R, Q): False where a row has fewer own tokens
     queries: Tensor  # (R, Q): their places among the packed tokens
     keys: Tensor  # (R, K): the places of whole rows
     mask: Tensor  # (R, 1, Q, K): which keys a query sees
@@ -1384,7 +1383,7 @@ def packed_attention(module, query, key, value, attention_mask, blocks=None, ord
         else:
             causal = block.causal and not windowed
             out, _ = sdpa_attention_forward(module, *rows, None if causal else mask, scaling=scaling, **kwargs)
-        results.append(out[block.own])  # (R, Q, H, D) without the padding
+        results.append(out.flatten(0, 1))  # (R * Q, H, D)
     return torch.cat(results)[order][None], None
 
 
@@ -1403,16 +1402,17 @@ def packed_states(decoder, ids: Tensor, mask: Tensor) -> Tensor:
     own = real & ~alike
     # A token's place among the packed ones; a shared token has that of the last row above which has it as its own.
     places = torch.where(own, own.flatten().cumsum(0).view_as(ids) - 1, 0).cummax(0).values  # (B, T)
-    blocks = attention_blocks(own, real, places)
-    order = torch.cat([block.queries[block.own] for block in blocks]).argsort()
+    blocks, order = attention_blocks(own, real, places)
     packed, positions = ids[own][None], own.nonzero()[:, 1][None]  # (1, P)
     unused = own.new_ones(1, 1, 1, 1)  # of four dimensions it is taken as it is, and no mask of P x P is built
     out = decoder(input_ids=packed, position_ids=positions, attention_mask=unused, use_cache=False, blocks=blocks, order=order)
     return out.last_hidden_state[0, places[:, :-1][mask[:, 1:].bool()]]
 
 
-def attention_blocks(own: Tensor, real: Tensor, places: Tensor) -> list[Block]:
-    """Rows sorted by their number of own tokens, cut where it has grown by a quarter. own, real, places (B, T)."""
+def attention_blocks(own: Tensor, real: Tensor, places: Tensor) -> tuple[list[Block], Tensor]:
+    """Rows sorted by their number of own tokens, cut where it has grown by a quarter. own, real, places (B, T).
+
+    The second is where each of the P packed tokens stands among the queries of all blocks, padding included: (P,)."""
     counts, lengths = own.sum(1), real.sum(1)
     numbers = counts.tolist()
     parts: list[list[int]] = []
@@ -1420,15 +1420,17 @@ def attention_blocks(own: Tensor, real: Tensor, places: Tensor) -> list[Block]:
         if not parts or numbers[row] > 1.25 * numbers[parts[-1][0]]:
             parts.append([])
         parts[-1].append(row)
-    blocks = []
+    blocks, filled = [], []
     for rows in parts:
         ends, starts = lengths[rows, None], (lengths - counts)[rows, None]  # (R, 1)
         columns = starts + torch.arange(numbers[rows[-1]], device=own.device)  # (R, Q)
         queries = places[rows].gather(1, columns.clamp(max=places.shape[1] - 1))
         keys = places[rows, : int(ends.max())]  # (R, K)
         mask = (torch.arange(keys.shape[1], device=own.device) <= columns[..., None])[:, None]  # (R, 1, Q, K)
-        blocks.append(Block(columns, columns < ends, queries, keys, mask, causal=not starts.any()))
-    return blocks
+        blocks.append(Block(columns, queries, keys, mask, causal=not starts.any()))
+        filled.append((columns < ends).flatten())
+    filled = torch.cat(filled).nonzero().squeeze(1)  # (P,)
+    return blocks, filled[torch.cat([block.queries.flatten() for block in blocks])[filled].argsort()]
 
 
 class TokenScorer(nn.Module):
