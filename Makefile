@@ -65,7 +65,7 @@ stages:
 	$(call stage,probe,$(PY) sft_simulator.py probe $(DEMO)/pairs-dev.jsonl --simulator $(DEMO)/simulator/model \
 		--words 20 --max-tokens 160 --temperature 0.5 \
 		--generator $(GENERATOR) --out $(DEMO)/simulator/probe.json)
-	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 3 --batch-tokens 2048 \
+	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 3 --batch-tokens 1536 \
 		--out $(DEMO)/warmup --lr 2e-4 --batch-size 4 --seed $(SEED) --overwrite)
 	$(call stage,policy,$(PY) train_rl.py train $(POLICY) --algorithm grpo --out $(DEMO)/policy --steps $(STEPS) \
 		--prompts-per-step $(PROMPTS) --rollouts $(ROLLOUTS))
@@ -82,7 +82,7 @@ stages:
 
 POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 3e-5 \
 	--kl-coef 0.001 --p-end 0.15 $(LIMITS) --simulator-words 20 --simulator-max-tokens 160 --simulator-temperature 0.5 \
-	--batch-tokens 2048 --generator $(GENERATOR) --seed $(SEED) --overwrite
+	--batch-tokens 1536 --generator $(GENERATOR) --seed $(SEED) --overwrite
 TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --generator $(GENERATOR) --overwrite
 
 # vLLM comes with the installation on a machine with a GPU, and only there.
