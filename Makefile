@@ -28,8 +28,8 @@ TRAJECTORIES = 1200
 PAIRS = 900
 PROBES = 120
 WARMUP = 160
-STEPS = 6
-PROMPTS = 8
+STEPS = 8
+PROMPTS = 10
 ROLLOUTS = 6
 QUESTIONS = 300
 
@@ -80,7 +80,7 @@ stages:
 		$(DEMO)/test-policy --out $(DEMO))
 	@echo; echo "report: $(DEMO)/report.md"
 
-POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 3e-5 \
+POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 1.5e-5 \
 	--kl-coef 0.001 --p-end 0.15 $(LIMITS) --simulator-words 20 --simulator-max-tokens 160 --simulator-temperature 0.5 \
 	--batch-tokens 1536 --generator $(GENERATOR) --seed $(SEED) --overwrite
 TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --generator $(GENERATOR) --overwrite
