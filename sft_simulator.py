@@ -88,6 +88,7 @@ def run_cli(cli: typer.Typer) -> None:
     except (UserError, typer.TyperException, OSError) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         console.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        end_rank(2)
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
@@ -1335,12 +1336,21 @@ def make_accelerator(**options) -> Accelerator:
     return accelerator
 
 
-def leave(state: PartialState) -> None:
-    """The last act of a stage on several ranks: all wait, then the process group is taken down.
-
-    Without it gloo's threads, which may still hold a tensor as Python ends, abort the process now and then."""
+def leave(state: PartialState, code: int = 0) -> None:
+    """The last act of a stage: where there are several ranks, all wait for each other and end here."""
     state.wait_for_everyone()
-    state.destroy_process_group()
+    end_rank(code)
+
+
+def end_rank(code: int) -> None:
+    """End this process if it is one of several ranks, at once: nothing is freed.
+
+    Freed the usual way, a process group waits for gloo's thread, and that thread, still holding a tensor, for Python's lock:
+    now and then the process hangs for ever or aborts (https://github.com/pytorch/pytorch/issues/56297)."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @dataclass

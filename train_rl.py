@@ -1091,7 +1091,7 @@ def train(
             options = " (with the launcher's own options, if it had any)" if accelerator.num_processes > 1 else ""
             console.print(f"stopped after {step} steps, which are saved; to go on{options}:")
             print(resume_command(accelerator.num_processes), file=sys.stderr)
-        end_training(accelerator)
+        end_training(accelerator, 128 + signals.number)
         raise typer.Exit(128 + signals.number) from None
     save_model(accelerator.unwrap_model(trainer.policy).model, tokenizer, out / "model")
     if accelerator.is_main_process:
@@ -1099,10 +1099,10 @@ def train(
     end_training(accelerator)
 
 
-def end_training(accelerator: Accelerator) -> None:
+def end_training(accelerator: Accelerator, code: int = 0) -> None:
     for tracker in accelerator.trackers:
         tracker.finish()
-    leave(accelerator.state)
+    leave(accelerator.state, code)
 
 
 def step_questions(rows: list[dict[str, Any]], step: int, s: SimpleNamespace) -> list[dict[str, Any]]:

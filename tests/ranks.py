@@ -42,6 +42,13 @@ def step(batch, mesh=None):
     return trainer, metrics
 
 
+class Witness:
+    """Says so when it is freed."""
+
+    def __del__(self):
+        print("freed", flush=True)
+
+
 def main(out: str) -> None:
     rank = Accelerator(cpu=True).process_index
     results = {"ddp": [gradient(episodes(rank), dtype, batch_tokens=40, **changes) for dtype, changes in CASES]}
@@ -55,7 +62,9 @@ def main(out: str) -> None:
     results["fsdp"] = (dict(sampler.model.named_parameters()), critic, metrics)
     if rank == 0:
         torch.save(results, out)
+    witness = Witness()
     sim.leave(Accelerator(cpu=True).state)
+    print("went on", witness)
 
 
 if __name__ == "__main__":

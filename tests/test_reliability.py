@@ -167,18 +167,18 @@ def test_stopped_it_loses_no_step_and_says_how_to_go_on(world, phase, share, ste
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_at_any_instant(world, number):
-    goes_on_as_told(world, f"stopped-{number}", stop(world, f"stopped-{number}", number))
+    goes_on_as_told(world, f"stopped-by-{number.name}", stop(world, f"stopped-by-{number.name}", number))
 
 
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_step(world):
-    world.finish(world.train("whole-2", launcher=TWO_PROCESSES))
-    errors = stop(world, "stopped-2", signal.SIGTERM, launcher=TWO_PROCESSES)
-    steps = len(read_metrics(world.folder / "stopped-2"))
-    assert rl.checkpoint_folder(world.folder / "stopped-2", steps).is_dir() and steps < world.steps
+    world.finish(world.train("whole-by-two", launcher=TWO_PROCESSES))
+    errors = stop(world, "stopped-by-two", signal.SIGTERM, launcher=TWO_PROCESSES)
+    steps = len(read_metrics(world.folder / "stopped-by-two"))
+    assert rl.checkpoint_folder(world.folder / "stopped-by-two", steps).is_dir() and steps < world.steps
     assert "accelerate launch --num_processes 2" in errors
-    world.finish(world.train("stopped-2", "--resume", launcher=TWO_PROCESSES))
-    world.ends_like("stopped-2", "whole-2")
+    world.finish(world.train("stopped-by-two", "--resume", launcher=TWO_PROCESSES))
+    world.ends_like("stopped-by-two", "whole-by-two")
 
 
 def test_a_second_signal_ends_at_once():
