@@ -45,6 +45,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -1516,7 +1517,7 @@ NOTHING = Sequence([0, 0], [0, 1])  # what an empty micro-batch runs on, times z
 
 
 def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence], out: Path, *, epochs: int, lr: float,
-                     batch_size: int, batch_tokens: int, seed: int, label: str) -> None:  # fmt: skip
+                     batch_size: int, batch_tokens: int, seed: int) -> None:  # fmt: skip
     """Maximum likelihood of the masked tokens, in place. Every masked token of a step weighs the same.
 
     A step is `batch_size` sequences; lr rises over the first 5 % of the steps, then falls linearly towards 0.
@@ -1532,7 +1533,7 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
     factor = lambda step: min((step + 1) / rising, (len(steps) - step) / (len(steps) - rising + 1))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with progress_bar() as bar:
-        task = bar.add_task(label, total=len(steps), info="")
+        task = bar.add_task("training", total=len(steps), info="")
         for step, indices in enumerate(steps):
             started = time.perf_counter()
             batch = [sequences[i] for i in indices]
@@ -1557,6 +1558,25 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
                 append_jsonl(out / "metrics.jsonl", [metrics | {"time/step": time.perf_counter() - started}])
             bar.update(task, advance=1, info=f"loss {loss.item():.3f}")
     model.eval()
+
+
+def fine_tune(model, tokenizer, sequences: list[Sequence], settings: dict[str, Any]) -> None:
+    """A supervised stage, once its sequences are there: the run folder, the training, the model in OUT/model.
+
+    settings: the command's options, as they are written to the run folder."""
+    s, accelerator = SimpleNamespace(**settings), make_accelerator()
+    if accelerator.is_main_process:
+        open_run(s.out, settings, s.overwrite)
+    accelerator.wait_for_everyone()
+    transformers.set_seed(s.seed)
+    console.print(f"{len(sequences)} sequences, {sum(len(q.ids) for q in sequences):,} tokens, "
+                  f"{sum(sum(q.mask) for q in sequences):,} of them trained")  # fmt: skip
+    train_supervised(accelerator, model, sequences, s.out, epochs=s.epochs, lr=s.lr, batch_size=s.batch_size,
+                     batch_tokens=s.batch_tokens, seed=s.seed)  # fmt: skip
+    save_model(model, tokenizer, s.out / "model")
+    if accelerator.is_main_process:
+        console.print(f"model saved: {s.out / 'model'}")
+    leave(accelerator.state)
 
 
 # ---------------------------------------------------------------- commands
@@ -1652,20 +1672,7 @@ def train(
     settings = locals() | {"examples": len(examples)}
     wording = load_prompts(prompts)["simulator"]
     tokenizer, lm = load_tokenizer(model), load_model(model)
-    accelerator = make_accelerator()
-    if accelerator.is_main_process:
-        open_run(out, settings, overwrite)
-    accelerator.wait_for_everyone()
-    transformers.set_seed(seed)
-    sequences = [tuning_sequence(example, tokenizer, wording, words) for example in examples]
-    console.print(f"{len(sequences)} pairs, {sum(len(s.ids) for s in sequences):,} tokens, "
-                  f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
-    train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
-                     batch_tokens=batch_tokens, seed=seed, label="simulator")  # fmt: skip
-    save_model(lm, tokenizer, out / "model")
-    if accelerator.is_main_process:
-        console.print(f"simulator saved: {out / 'model'}")
-    leave(accelerator.state)
+    fine_tune(lm, tokenizer, [tuning_sequence(example, tokenizer, wording, words) for example in examples], settings)
 
 
 GeneratorName = Literal["auto", "hf", "vllm"]

@@ -80,6 +80,7 @@ from sft_simulator import (
     draw_seed,
     encode,
     fill,
+    fine_tune,
     first_line,
     format_documents,
     leave,
@@ -103,7 +104,6 @@ from sft_simulator import (
     run_cli,
     same_count,
     save_model,
-    train_supervised,
     whole,
     write_jsonl,
 )
@@ -845,20 +845,7 @@ def warmup(
     check_top_k(top_k)
     settings = locals() | {"records": len(records)}
     wording, tokenizer, lm = load_prompts(prompts), load_tokenizer(model), load_model(model)
-    accelerator = make_accelerator()
-    if accelerator.is_main_process:
-        open_run(out, settings, overwrite)
-    accelerator.wait_for_everyone()
-    transformers.set_seed(seed)
-    sequences = [replay(record, tokenizer, wording, top_k) for record in records]
-    console.print(f"{len(sequences)} trajectories, {sum(len(s.ids) for s in sequences):,} tokens, "
-                  f"{sum(sum(s.mask) for s in sequences):,} of them trained")  # fmt: skip
-    train_supervised(accelerator, lm, sequences, out, epochs=epochs, lr=lr, batch_size=batch_size,
-                     batch_tokens=batch_tokens, seed=seed, label="warm-up")  # fmt: skip
-    save_model(lm, tokenizer, out / "model")
-    if accelerator.is_main_process:
-        console.print(f"warm-started policy saved: {out / 'model'}")
-    leave(accelerator.state)
+    fine_tune(lm, tokenizer, [replay(record, tokenizer, wording, top_k) for record in records], settings)
 
 
 def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int) -> Sequence:

@@ -81,7 +81,7 @@ def policy(tmp_path_factory, tokenizer) -> Path:
         sequences.append(sim.Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), initializer_range=0.05)
     sim.train_supervised(Accelerator(cpu=True), model, sequences, out, epochs=1, lr=2e-2, batch_size=4,
-                         batch_tokens=10_000, seed=0, label="")  # fmt: skip
+                         batch_tokens=10_000, seed=0)  # fmt: skip
     sim.save_model(model, tokenizer, out / "model")
     return out / "model"
 

@@ -172,7 +172,7 @@ def test_defect_12_schedules_end_where_the_run_ends(tmp_path, tokenizer):
         torch.optim.AdamW = Recorder
         sequences = [sim.Sequence([5, 6, 7], [0, 1, 1])] * 40
         sim.train_supervised(Accelerator(cpu=True), exact_model(0), sequences, tmp_path, epochs=1, lr=1.0, batch_size=1,
-                             batch_tokens=64, seed=0, label="")  # fmt: skip
+                             batch_tokens=64, seed=0)  # fmt: skip
     finally:
         torch.optim.AdamW = original
     assert len(rates) == 40 and max(rates) == 1.0 and 0 < rates[-1] < 0.06 and rates[0] > 0  # every step is taken

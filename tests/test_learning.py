@@ -58,7 +58,7 @@ def taught_the_form(tokenizer, folder, draw):
         sequences.append(sim.Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), **SIZES)
     sim.train_supervised(Accelerator(cpu=True), model, sequences, folder, epochs=2, lr=1e-2, batch_size=16,
-                         batch_tokens=10_000, seed=0, label="")  # fmt: skip
+                         batch_tokens=10_000, seed=0)  # fmt: skip
     return model
 
 

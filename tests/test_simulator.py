@@ -352,7 +352,7 @@ def test_supervised_training_learns_and_only_the_masked_tokens(tmp_path, tokeniz
     model = make_model(len(tokenizer))
     sequences = [sim.Sequence(sim.encode(tokenizer, "ask: ") + sim.encode(tokenizer, "yes"), [0] * 5 + [1] * 3)] * 64
     sim.train_supervised(Accelerator(cpu=True), model, sequences, tmp_path, epochs=3, lr=1e-2, batch_size=4,
-                         batch_tokens=64, seed=0, label="")  # fmt: skip
+                         batch_tokens=64, seed=0)  # fmt: skip
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert losses[0] > 0.8 * math.log(len(tokenizer)) and losses[-1] < 0.05
 
