@@ -47,7 +47,7 @@ RUN = sim.ROOT / "runs" / "demo" / "policy" / "episodes.jsonl"
 MODEL = "smollm2"
 PROMPTS, ROLLOUTS = 8, 8
 PROMPT_TOKENS, COMPLETION_TOKENS = 145, 64  # of the equal workload
-BATCH_TOKENS = 1280  # of our micro-batches: on a CPU as fast as larger ones, in less memory; their trained tokens fit one chunk
+BATCH_TOKENS = 1280  # of our micro-batches: on a CPU as fast as larger ones, in less memory
 TRL_BATCH = 8  # sequences of TRL's: per_device_train_batch_size
 
 
