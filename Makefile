@@ -23,11 +23,12 @@ stages benchmarks algorithms bench-trl: export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-# The budget of the demo, in one place; demo-quick overrides it.
-TRAJECTORIES = 1200
+# The budget of the demo, in one place; demo-quick overrides it. Three numbers: questions of one, two and three hops.
+# The warm start sees few long searches: it is to teach the template, and RL when to search again.
+TRAJECTORIES = 480 480 240
 PAIRS = 900
-PROBES = 120
-WARMUP = 160
+PROBES = 240
+WARMUP = 64 56 8
 STEPS = 8
 PROMPTS = 10
 ROLLOUTS = 6
@@ -48,24 +49,25 @@ demo: install
 	@$(MAKE) --no-print-directory stages
 
 demo-quick: install
-	@$(MAKE) --no-print-directory stages DEMO=runs/demo-quick TRAJECTORIES=120 PAIRS=48 PROBES=32 WARMUP=32 STEPS=2 \
-		PROMPTS=2 ROLLOUTS=2 QUESTIONS=16
+	@$(MAKE) --no-print-directory stages DEMO=runs/demo-quick TRAJECTORIES="48 48 24" PAIRS=48 PROBES=32 \
+		WARMUP="16 14 2" STEPS=2 PROMPTS=2 ROLLOUTS=2 QUESTIONS=16
 
 stages:
 	@mkdir -p $(DEMO); rm -f $(DEMO)/seconds.txt
 	$(call stage,world,$(PY) data/world.py build)
-	$(call stage,trajectories,$(PY) data/scripted.py --top-k 3 --limit $(TRAJECTORIES) --out $(DEMO)/trajectories --overwrite && \
-		$(PY) data/scripted.py --top-k 3 --split dev --limit $(PROBES) --out $(DEMO)/trajectories-dev --overwrite && \
+	$(call stage,trajectories,$(PY) data/scripted.py --top-k 3 --hops $(TRAJECTORIES) --out $(DEMO)/trajectories --overwrite && \
+		$(PY) data/scripted.py --top-k 3 --hops $(WARMUP) --out $(DEMO)/trajectories-warmup --overwrite && \
+		$(PY) data/scripted.py --top-k 3 --split dev --hops 96 96 48 --out $(DEMO)/trajectories-dev --overwrite && \
 		$(PY) sft_simulator.py label $(DEMO)/trajectories/predictions.jsonl $(DEMO)/trajectories/hasty.jsonl --top-k 3 \
 		--limit $(PAIRS) --out $(DEMO)/pairs.jsonl && \
 		$(PY) sft_simulator.py label $(DEMO)/trajectories-dev/predictions.jsonl $(DEMO)/trajectories-dev/hasty.jsonl --top-k 3 \
 		--limit $(PROBES) --out $(DEMO)/pairs-dev.jsonl)
-	$(call stage,simulator,$(PY) sft_simulator.py train $(DEMO)/pairs.jsonl --out $(DEMO)/simulator --lr 3e-4 \
-		--batch-size 4 --words 20 --seed $(SEED) --overwrite)
+	$(call stage,simulator,$(PY) sft_simulator.py train $(DEMO)/pairs.jsonl --out $(DEMO)/simulator --lr 4e-4 \
+		--batch-size 8 --words 20 --seed $(SEED) --overwrite)
 	$(call stage,probe,$(PY) sft_simulator.py probe $(DEMO)/pairs-dev.jsonl --simulator $(DEMO)/simulator/model \
 		--words 20 --max-tokens 160 --temperature 0.5 \
 		--generator $(GENERATOR) --out $(DEMO)/simulator/probe.json)
-	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories/predictions.jsonl --limit $(WARMUP) --top-k 3 --batch-tokens 1536 \
+	$(call stage,warm-up,$(PY) train_rl.py warmup $(DEMO)/trajectories-warmup/predictions.jsonl --top-k 3 --batch-tokens 1536 \
 		--out $(DEMO)/warmup --lr 2e-4 --batch-size 4 --seed $(SEED) --overwrite)
 	$(call stage,policy,$(PY) train_rl.py train $(POLICY) --algorithm grpo --out $(DEMO)/policy --steps $(STEPS) \
 		--prompts-per-step $(PROMPTS) --rollouts $(ROLLOUTS))

@@ -828,7 +828,6 @@ def warmup(
     trajectories: Annotated[Path, typer.Argument(help="predictions.jsonl with whole trajectories to imitate.")],
     out: Annotated[Path, typer.Option(help="Run folder; the model goes to OUT/model.")],
     model: Annotated[str, typer.Option(help='"smollm2" (embedded), a Hub id or a folder.')] = "smollm2",
-    limit: Annotated[int | None, typer.Option(help="Use the first so many trajectories.")] = None,
     top_k: TopK = 3,
     epochs: int = 1,
     lr: float = 1e-4,
@@ -841,7 +840,7 @@ def warmup(
     """Teach a small model the template, by imitation. Loss on the policy's own tokens only.
 
     Not part of the paper: its models follow the template when asked to. The embedded one does not (0 of 64)."""
-    records = read_jsonl(trajectories, required=("id", "question", "golden_answers", "turns"))[:limit]
+    records = read_jsonl(trajectories, required=("id", "question", "golden_answers", "turns"))
     check_top_k(top_k)
     settings = locals() | {"records": len(records)}
     wording, tokenizer, lm = load_prompts(prompts), load_tokenizer(model), load_model(model)

@@ -9,7 +9,7 @@ hasty.jsonl holds searches that skip a hop ("calling code of Bangkok"), to which
 ("Bangkok is the capital of Thailand"). A simulator that has not seen them gives the final answer away, for it knows it,
 and the policy learns to skip.
 
-    python data/scripted.py --split train --limit 800 --out runs/demo/trajectories
+    python data/scripted.py --split train --hops 320 320 160 --out runs/demo/trajectories
 """
 
 import sys
@@ -63,32 +63,36 @@ def play(question: dict[str, Any], steps: list[dict[str, Any]], engine: BM25Engi
 
 
 def ask_hastily(question: dict[str, Any], decomposition: dict[str, Any], engine: BM25Engine) -> dict[str, Any]:
-    """A trajectory of one search: for the end of a question of several hops, at its subject. Its target is the first hop."""
-    steps = decomposition["steps"]
-    query = steps[-1]["query"].replace(steps[-2]["golden_answers"][0], decomposition["subject"])
+    """A trajectory of one search, for the question's end, that skips the hop before it. Its target is that hop."""
+    *before, skipped, last = decomposition["steps"]
+    known = before[-1]["golden_answers"][0] if before else decomposition["subject"]
+    query = last["query"].replace(skipped["golden_answers"][0], known)
     (result,) = engine.search([SearchRequest(query)])
-    return question | {"answer": None, "turns": [search_turn(query, steps[0]["golden_answers"], result.documents, None)]}
+    return question | {"answer": None, "turns": [search_turn(query, skipped["golden_answers"], result.documents, None)]}
 
 
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Run folder; trajectories go to OUT/predictions.jsonl, OUT/hasty.jsonl.")],
     split: Annotated[Literal["train", "dev"], typer.Option(help="Which questions.")] = "train",
-    limit: Annotated[int, typer.Option(help="How many questions, from the start of the (shuffled) file.")] = 800,
+    hops: Annotated[tuple[int, int, int], typer.Option(help="Questions of one, two and three hops.")] = (320, 320, 160),
     top_k: Annotated[int, typer.Option(help="Documents that the searcher reads.")] = 3,
     overwrite: Overwrite = False,
 ) -> None:
     """Write trajectories that search, read and answer rightly."""
+    if min(hops) < 0:
+        raise UserError(f"--hops takes three numbers of questions, none below 0: not {' '.join(map(str, hops))}")
     world = ROOT / "data" / "world"
     open_run(out, locals(), overwrite)
     decomposed = {row["id"]: row for row in read_jsonl(world / "decompositions.jsonl", ("id", "subject", "steps"))}
     engine = BM25Engine(world / "passages.jsonl", DEPTH)
-    questions = read_questions(world / f"{split}.jsonl")[:limit]
+    rows = read_questions(world / f"{split}.jsonl")
+    questions = [q for h, count in enumerate(hops, start=1) for q in [row for row in rows if row["hops"] == h][:count]]
     records = [record for q in questions if (record := play(q, decomposed[q["id"]]["steps"], engine, top_k))]
     if not records:
         raise UserError(f"no question of {split} could be answered with {top_k} documents a search")
     write_jsonl(out / "predictions.jsonl", records)
-    multi_hop = [q for q in questions if len(decomposed[q["id"]]["steps"]) > 1]
+    multi_hop = [q for q in questions if q["hops"] > 1]
     write_jsonl(out / "hasty.jsonl", [ask_hastily(q, decomposed[q["id"]], engine) for q in multi_hop[::HASTY]])
     console.print(f"{out / 'predictions.jsonl'}: {len(records)} trajectories of {len(questions)} questions")
 

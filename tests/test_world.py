@@ -194,15 +194,19 @@ def test_bm25_finds_the_passage_of_every_kind_of_step():
 
 
 def test_the_scripted_searcher_also_asks_in_haste(tmp_path):
-    """Hasty searches name the question's subject and no hop; what they are labelled with is the first hop, not the end."""
-    subprocess.run([sys.executable, ROOT / "data/scripted.py", "--limit", "90", "--out", tmp_path / "out"], check=True)
+    """Hasty searches name what stands before the last hop; what they are labelled with is that hop, not the end."""
+    counts = ["30", "40", "20"]
+    subprocess.run([sys.executable, ROOT / "data/scripted.py", "--hops", *counts, "--out", tmp_path / "out"], check=True)
     read = lambda name: [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]  # noqa: E731
-    assert all(record["turns"][-1]["action"] == "answer" for record in read("predictions.jsonl"))
+    whole = read("predictions.jsonl")
+    assert Counter(record["hops"] for record in whole) == {1: 30, 2: 40, 3: 20}
+    assert all(len(record["turns"]) == record["hops"] + 1 and record["turns"][-1]["action"] == "answer" for record in whole)
     hasty = read("hasty.jsonl")
-    assert len(hasty) > 10
+    assert len(hasty) > 10 and {len(CHAINS[record["id"]]["steps"]) for record in hasty} == {2, 3}
     for record in hasty:
         (turn,), chain = record["turns"], CHAINS[record["id"]]
-        assert plain(chain["subject"]) in plain(turn["query"]) and turn["target"] == chain["steps"][0]["golden_answers"]
+        *before, skipped, last = [step["golden_answers"] for step in chain["steps"]]
+        known = before[-1][0] if before else chain["subject"]
+        assert plain(known) in plain(turn["query"]) and turn["target"] == skipped
         assert turn["target"] != record["golden_answers"]
-        assert not any(plain(hop) in plain(turn["query"]) for step in chain["steps"] for hop in step["golden_answers"]
-                       if plain(hop) not in plain(chain["subject"]))  # fmt: skip
+        assert not any(plain(name) in plain(turn["query"]) for name in skipped + last if plain(name) not in plain(known))
