@@ -26,12 +26,12 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 # The budget of the demo, in one place; demo-quick overrides it. Three numbers: questions of one, two and three hops.
 # The warm start sees few long searches: it is to teach the template, and RL when to search again.
 TRAJECTORIES = 480 480 240
-PAIRS = 900
-PROBES = 240
+PAIRS = 840
+PROBES = 160
 WARMUP = 64 56 8
-STEPS = 8
-PROMPTS = 10
-ROLLOUTS = 6
+STEPS = 6
+PROMPTS = 8
+ROLLOUTS = 5
 QUESTIONS = 300
 
 LIMITS = --top-k 3 --max-searches 3 --tokens-per-turn 64 --context-tokens 1024 --observation-tokens 200
@@ -82,7 +82,7 @@ stages:
 		$(DEMO)/test-policy --out $(DEMO))
 	@echo; echo "report: $(DEMO)/report.md"
 
-POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 1.5e-5 \
+POLICY = --data $(WORLD)/train.jsonl --model $(DEMO)/warmup/model --simulator $(DEMO)/simulator/model --lr 1e-5 \
 	--kl-coef 0.001 --p-end 0.15 $(LIMITS) --simulator-words 20 --simulator-max-tokens 160 --simulator-temperature 0.5 \
 	--batch-tokens 1536 --generator $(GENERATOR) --seed $(SEED) --overwrite
 TEST = --benchmark world --corpus $(WORLD)/passages.jsonl --limit $(QUESTIONS) $(LIMITS) --generator $(GENERATOR) --overwrite
