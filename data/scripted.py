@@ -86,8 +86,9 @@ def main(
     open_run(out, locals(), overwrite)
     decomposed = {row["id"]: row for row in read_jsonl(world / "decompositions.jsonl", ("id", "subject", "steps"))}
     engine = BM25Engine(world / "passages.jsonl", DEPTH)
-    rows = read_questions(world / f"{split}.jsonl")
-    questions = [q for h, count in enumerate(hops, start=1) for q in [row for row in rows if row["hops"] == h][:count]]
+    rows, questions = read_questions(world / f"{split}.jsonl"), []
+    for number, count in enumerate(hops, start=1):
+        questions += [row for row in rows if row["hops"] == number][:count]
     records = [record for q in questions if (record := play(q, decomposed[q["id"]]["steps"], engine, top_k))]
     if not records:
         raise UserError(f"no question of {split} could be answered with {top_k} documents a search")

@@ -210,3 +210,10 @@ def test_the_scripted_searcher_also_asks_in_haste(tmp_path):
         assert plain(known) in plain(turn["query"]) and turn["target"] == skipped
         assert turn["target"] != record["golden_answers"]
         assert not any(plain(name) in plain(turn["query"]) for name in skipped + last if plain(name) not in plain(known))
+
+
+def test_numbers_of_questions_below_0_end_in_one_line(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "data/scripted.py", "--hops", "-1", "2", "3", "--out", tmp_path / "out"],
+                         capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 2 and run.stderr.startswith("error: --hops") and run.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
