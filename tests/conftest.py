@@ -86,6 +86,54 @@ def policy(tmp_path_factory, tokenizer) -> Path:
     return out / "model"
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state for the whole process: no test inherits another's mixed precision."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def sgd(monkeypatch):
+    """Optimizers that take plain gradient steps; the list of those that were made."""
+    import torch
+    from helpers import PlainSGD
+
+    monkeypatch.setattr(torch.optim, "AdamW", PlainSGD)
+    monkeypatch.setattr(PlainSGD, "made", [])
+    return PlainSGD.made
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Training in float32 on the CPU: figures that can be compared with plain torch."""
+    from accelerate import Accelerator
+
+    import sft_simulator as sim
+    import train_rl as rl
+
+    for chapter in (sim, rl):
+        monkeypatch.setattr(chapter, "make_accelerator", lambda **options: Accelerator(cpu=True))
+
+
+@pytest.fixture
+def serve():
+    """Start a server on a free port; all are stopped when the test ends."""
+    from helpers import Server
+
+    servers = []
+
+    def start(behave, port=0):
+        servers.append(Server(behave, port))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def run_script():
     """Run one of the kit's scripts as a user would; returns the finished process."""
