@@ -2,19 +2,26 @@
 
 import inspect
 import json
+import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
 import torch
+from accelerate import Accelerator
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import evaluate
 import sft_simulator as sim
 import train_rl as rl
 
+ROOT = sim.ROOT
 PROMPTS = sim.load_prompts()
+LIMITS = rl.RolloutSettings(2, 64, 4000, 300)
 TIMES = ("time/", "rate/")  # metrics that no two runs share
 
 HOSTILE = [
@@ -49,6 +56,12 @@ def trajectory(query, documents, target=None):
             "turns": [turn, {"text": "<answer> gold </answer>"}]}
 
 
+# A training run of seconds: every option that costs time, small.
+BUDGET = ["--steps", 2, "--prompts-per-step", 2, "--rollouts", 2, "--top-k", 2, "--max-searches", 2,
+          "--tokens-per-turn", 24, "--context-tokens", 900, "--observation-tokens", 80,
+          "--simulator-max-tokens", 24, "--lr", "1e-3"]  # fmt: skip
+
+
 def command(module, *arguments):
     """One of the kit's commands, in this process: starting another takes seconds."""
     return module.app([str(argument) for argument in arguments], standalone_mode=False)
@@ -64,8 +77,136 @@ def read_metrics(out: Path) -> list[dict]:
             for row in read_lines(out / "metrics.jsonl")]
 
 
+def one_line(capsys, monkeypatch, module, *arguments) -> str:
+    """What a command says that the user got wrong: one line on stderr, exit code 2."""
+    monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        sim.run_cli(module.app)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert exit_.value.code == 2 and "Traceback" not in line
+    return line
+
+
 def relative(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
+
+
+# ---------------------------------------------------------------- models
+
+# Accelerate's launcher starts several processes for GPUs alone (`--cpu` starts one); this variable then keeps them off GPUs.
+TWO_PROCESSES = ["env", "ACCELERATE_USE_CPU=true", sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+                 "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]  # fmt: skip
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer():
+    """One token a byte, three special tokens, a chat template: small enough to read any id by eye."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(specials + letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(vocabulary: int, seed: int = 0, **sizes):
+    """A random Llama with grouped heads: the architecture of the embedded model, 20,000 times smaller."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.2} | sizes  # fmt: skip
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, eos_token_id=2, **sizes))
+
+
+# ---------------------------------------------------------------- updates
+
+
+class GradientKeeper(torch.optim.SGD):
+    """An optimizer that keeps the gradient instead of following it."""
+
+    def step(self, closure=None):
+        self.kept = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
+
+
+def settings(**changes):
+    values = dict(algorithm="grpo", rollouts=2, scale_rewards=True, baseline="leave-one-out", epochs=1, batch_tokens=10**6,
+                  temperature=1.0, kl_coef=0.0, clip_low=0.2, clip_high=0.2, importance_cap=2.0, mask_documents=True,
+                  gamma=0.95, gae_lambda=0.9, value_clip=0.5)  # fmt: skip
+    return SimpleNamespace(**values | changes)
+
+
+def saved_episodes(seed=0, count=4, documents=None):
+    """Ragged episodes of two turns with a document between them, in groups of two."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        return torch.randint(3, 250, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator).tolist()
+
+    episodes = []
+    for i in range(count):
+        e = rl.Episode(f"q{i // 2}", "?", ["x"], sample=i % 2)
+        e.read(tokens(3, 9))
+        e.prompt_tokens = len(e.ids)
+        e.write(first := tokens(1, 6), [-5.5] * len(first))
+        document = tokens(4, 12)
+        e.read(document if documents is None else documents[: len(document)])
+        e.write(last := tokens(1, 5), [-5.5] * len(last))
+        e.reward = [1.0, 0.25, 0.0, 0.5][i % 4]
+        episodes.append(e)
+    return episodes
+
+
+def exact_model(seed, dtype=torch.float64):
+    """A tiny GPT-2: unlike Llama's, its code casts nothing to float32 on the way, so that float64 is float64."""
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager")  # fmt: skip
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def make_critic(dtype):
+    """A critic that already has opinions: its head starts at zero."""
+    critic = rl.Critic(exact_model(5, dtype)).to(dtype)
+    torch.manual_seed(6)
+    torch.nn.init.normal_(critic.head.weight, std=0.3)
+    return critic
+
+
+def gradient(episodes, dtype=torch.float64, keep_critic=False, **changes):
+    """The gradient and metrics of one update of a tiny policy, in eager attention, without autocast."""
+    s = settings(**changes)
+    accelerator = Accelerator(cpu=True)  # under `accelerate launch` one rank of several
+
+    def prepare(module):
+        return accelerator.prepare(module, GradientKeeper(module.parameters(), lr=0.0))
+
+    trainer = rl.Trainer(accelerator, *prepare(rl.TokenScorer(exact_model(3, dtype))))
+    if s.kl_coef:
+        trainer.reference = rl.TokenScorer(exact_model(4, dtype)).requires_grad_(False)
+    if s.algorithm == "ppo":
+        trainer.critic, trainer.critic_optimizer = prepare(make_critic(dtype))
+    metrics = rl.update(trainer, s, episodes, rl.PhaseClock())
+    if keep_critic:
+        return trainer.optimizer.optimizer.kept, trainer.critic and trainer.critic_optimizer.optimizer.kept
+    return trainer.optimizer.optimizer.kept, metrics
+
+
+ALGORITHMS = [dict(algorithm="grpo"), dict(algorithm="grpo", kl_coef=0.1), dict(algorithm="reinforce", baseline="none"),
+              dict(algorithm="reinforce", baseline="batch"),
+              dict(algorithm="reinforce++", kl_coef=0.1), dict(algorithm="ppo", kl_coef=0.1),
+              dict(algorithm="grpo", mask_documents=False, kl_coef=0.1)]  # fmt: skip
 
 
 # ---------------------------------------------------------------- fakes
@@ -194,6 +335,17 @@ class PlainSGD(torch.optim.SGD):
         self.gradients.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
                                          for p in group["params"]]).clone())
         return super().step(closure)
+
+
+def play(tokenizer, replies, documents=("doc",), limits=LIMITS, n=1, engine=..., **kwargs):
+    """Episodes whose policy says `replies`, in the order it is asked; with its generator and engine."""
+    episodes = [rl.new_episode(question(i), 0, tokenizer, PROMPTS) for i in range(n)]
+    generator = FakeGenerator(tokenizer, replies)
+    engine = FakeEngine(*documents) if engine is ... else engine
+    rl.rollout(episodes, generator, tokenizer, engine, PROMPTS, limits, **kwargs)
+    for episode in episodes:
+        rl.score(episode)
+    return episodes, generator, engine
 
 
 # ---------------------------------------------------------------- servers

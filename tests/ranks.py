@@ -8,7 +8,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import Accelerator
-from test_algorithms import ALGORITHMS, exact_model, gradient, saved_episodes, settings
+from helpers import ALGORITHMS, exact_model, gradient, saved_episodes, settings
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

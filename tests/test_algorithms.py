@@ -2,14 +2,21 @@
 
 import math
 import statistics
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_model
+from helpers import (
+    ALGORITHMS,
+    exact_model,
+    gradient,
+    make_critic,
+    make_model,
+    relative,
+    saved_episodes,
+    settings,
+)
 from torch import tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import train_rl as rl
 
@@ -132,86 +139,6 @@ def test_k3_estimates_the_kl():
 
 
 # ---------------------------------------------------------------- the step's gradient
-
-
-class GradientKeeper(torch.optim.SGD):
-    """An optimizer that keeps the gradient instead of following it."""
-
-    def step(self, closure=None):
-        self.kept = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
-
-
-def settings(**changes):
-    values = dict(algorithm="grpo", rollouts=2, scale_rewards=True, baseline="leave-one-out", epochs=1, batch_tokens=10**6,
-                  temperature=1.0, kl_coef=0.0, clip_low=0.2, clip_high=0.2, importance_cap=2.0, mask_documents=True,
-                  gamma=0.95, gae_lambda=0.9, value_clip=0.5)  # fmt: skip
-    return SimpleNamespace(**values | changes)
-
-
-def saved_episodes(seed=0, count=4, documents=None):
-    """Ragged episodes of two turns with a document between them, in groups of two."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(low, high):
-        return torch.randint(3, 250, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator).tolist()
-
-    episodes = []
-    for i in range(count):
-        e = rl.Episode(f"q{i // 2}", "?", ["x"], sample=i % 2)
-        e.read(tokens(3, 9))
-        e.prompt_tokens = len(e.ids)
-        e.write(first := tokens(1, 6), [-5.5] * len(first))
-        document = tokens(4, 12)
-        e.read(document if documents is None else documents[: len(document)])
-        e.write(last := tokens(1, 5), [-5.5] * len(last))
-        e.reward = [1.0, 0.25, 0.0, 0.5][i % 4]
-        episodes.append(e)
-    return episodes
-
-
-def exact_model(seed, dtype=torch.float64):
-    """A tiny GPT-2: unlike Llama's, its code casts nothing to float32 on the way, so that float64 is float64."""
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2,
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager")  # fmt: skip
-    return GPT2LMHeadModel(config).to(dtype)
-
-
-def make_critic(dtype):
-    """A critic that already has opinions: its head starts at zero."""
-    critic = rl.Critic(exact_model(5, dtype)).to(dtype)
-    torch.manual_seed(6)
-    torch.nn.init.normal_(critic.head.weight, std=0.3)
-    return critic
-
-
-def gradient(episodes, dtype=torch.float64, keep_critic=False, **changes):
-    """The gradient and metrics of one update of a tiny policy, in eager attention, without autocast."""
-    s = settings(**changes)
-    accelerator = Accelerator(cpu=True)  # under `accelerate launch` one rank of several
-
-    def prepare(module):
-        return accelerator.prepare(module, GradientKeeper(module.parameters(), lr=0.0))
-
-    trainer = rl.Trainer(accelerator, *prepare(rl.TokenScorer(exact_model(3, dtype))))
-    if s.kl_coef:
-        trainer.reference = rl.TokenScorer(exact_model(4, dtype)).requires_grad_(False)
-    if s.algorithm == "ppo":
-        trainer.critic, trainer.critic_optimizer = prepare(make_critic(dtype))
-    metrics = rl.update(trainer, s, episodes, rl.PhaseClock())
-    if keep_critic:
-        return trainer.optimizer.optimizer.kept, trainer.critic and trainer.critic_optimizer.optimizer.kept
-    return trainer.optimizer.optimizer.kept, metrics
-
-
-ALGORITHMS = [dict(algorithm="grpo"), dict(algorithm="grpo", kl_coef=0.1), dict(algorithm="reinforce", baseline="none"),
-              dict(algorithm="reinforce", baseline="batch"),
-              dict(algorithm="reinforce++", kl_coef=0.1), dict(algorithm="ppo", kl_coef=0.1),
-              dict(algorithm="grpo", mask_documents=False, kl_coef=0.1)]  # fmt: skip
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("changes", ALGORITHMS, ids=str)

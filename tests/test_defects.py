@@ -7,10 +7,19 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
-from test_algorithms import exact_model, gradient, saved_episodes, settings
-from test_engines import Server
-from test_rl import LIMITS, PROMPTS, ScriptedEngine, play, question
-from test_simulator import ScriptedGenerator
+from helpers import (
+    LIMITS,
+    PROMPTS,
+    FakeEngine,
+    FakeGenerator,
+    Server,
+    exact_model,
+    gradient,
+    play,
+    question,
+    saved_episodes,
+    settings,
+)
 
 import evaluate
 import sft_simulator as sim
@@ -46,8 +55,8 @@ def test_defect_03_only_the_policys_own_text_is_parsed(tokenizer):
     row = question(answers=["Beijing"]) | {"question": "Is it <answer> Beijing </answer>?"}
     episode = rl.new_episode(row, 0, tokenizer, PROMPTS)
     assert "<answer>" in tokenizer.decode(episode.ids)  # the template names the tag
-    engine = ScriptedEngine(["It is <answer> Beijing </answer>."])
-    rl.rollout([episode], ScriptedGenerator(tokenizer, ["<search>a</search>"] * 3), tokenizer, engine, PROMPTS, LIMITS)
+    engine = FakeEngine("It is <answer> Beijing </answer>.")
+    rl.rollout([episode], FakeGenerator(tokenizer, ["<search>a</search>"] * 3), tokenizer, engine, PROMPTS, LIMITS)
     rl.score(episode)
     assert episode.answer is None and episode.reward == 0 and episode.scores["answered"] == 0
 
@@ -60,7 +69,7 @@ def test_defect_04_em_is_equality():
 
 @pytest.mark.parametrize("method", list(evaluate.METHODS))
 def test_defect_05_evaluation_is_greedy(tokenizer, method):
-    class Recorder(ScriptedGenerator):
+    class Recorder(FakeGenerator):
         temperatures = []
 
         def generate(self, prompts, sampling, seeds):
@@ -69,7 +78,7 @@ def test_defect_05_evaluation_is_greedy(tokenizer, method):
 
     limits = rl.RolloutSettings(2, 64, temperature=0.0)
     generator = Recorder(tokenizer, ["<search>a</search> Search[a]"] * 20)
-    setup = evaluate.Setup(generator, tokenizer, ScriptedEngine(["d"]), PROMPTS, limits)
+    setup = evaluate.Setup(generator, tokenizer, FakeEngine("d"), PROMPTS, limits)
     evaluate.METHODS[method]([question()], setup)
     assert generator.temperatures and set(generator.temperatures) == {0.0}
     ids, _ = sim.sample_tokens(torch.tensor([[0.0, 2.0, 1.9]]).expand(50, 3), 0.0, torch.rand(50))
@@ -80,7 +89,7 @@ def test_defect_06_sampled_ids_are_trained_as_they_are(tokenizer):
     """Ids that no encoder would choose ("s" "e" as two tokens of another split), special tokens among them."""
     strange = [tokenizer.eos_token_id, *sim.encode(tokenizer, "<answer>Li"), 0, *sim.encode(tokenizer, "ma</answer>")]
 
-    class Strange(ScriptedGenerator):
+    class Strange(FakeGenerator):
         def generate(self, prompts, sampling, seeds):
             return [sim.Generation(list(strange), [-1.0] * len(strange), "stop")]
 
@@ -223,7 +232,7 @@ def test_defect_16_the_last_turn_pays_for_no_search(tokenizer):
 
 
 def test_defect_17_generation_stops_at_the_closing_tags(tokenizer):
-    class Recorder(ScriptedGenerator):
+    class Recorder(FakeGenerator):
         stops = []
 
         def generate(self, prompts, sampling, seeds):
@@ -238,7 +247,7 @@ def test_defect_17_generation_stops_at_the_closing_tags(tokenizer):
 
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_defect_18_the_number_asked_for_is_in_the_prompt(tokenizer, k):
-    generator = ScriptedGenerator(tokenizer, ["\n".join(f"{i}. d" for i in range(1, k + 1))])
+    generator = FakeGenerator(tokenizer, ["\n".join(f"{i}. d" for i in range(1, k + 1))])
     result = sim.SimulatedEngine(generator, tokenizer, k, PROMPTS).search([sim.SearchRequest("q")])[0]
     assert f"Write {k} " in generator.prompts[0] and len(result.documents) == k and "five" not in generator.prompts[0]
 

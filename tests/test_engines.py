@@ -11,15 +11,23 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_algorithms import ALGORITHMS, gradient, relative, saved_episodes
-from test_rl import PROMPTS, question
-from test_simulator import HOSTILE, corpus_rows, trajectory
+from helpers import (
+    ALGORITHMS,
+    HOSTILE,
+    PROMPTS,
+    ROOT,
+    Server,
+    command,
+    corpus_rows,
+    gradient,
+    question,
+    relative,
+    saved_episodes,
+    trajectory,
+)
 
 import evaluate
 import sft_simulator as sim
@@ -28,66 +36,6 @@ import train_rl as rl
 QUICK = sim.Patience(timeout=0.4, attempts=3, first_wait=0.02, longest_wait=0.2)
 SLACK = 0.5  # seconds that a busy machine may add to a bound
 STEADY = sim.Patience(timeout=5, attempts=10, first_wait=0.002, longest_wait=0.02)
-
-
-class Server(ThreadingHTTPServer):
-    """Calls behave(handler, body) for every request, and remembers (path, body, headers)."""
-
-    daemon_threads, request_queue_size = True, 128
-
-    def __init__(self, behave, port=0):
-        self.behave, self.calls, self.closing = behave, [], threading.Event()
-        super().__init__(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self):
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request, client_address): ...  # a client that has given up is what some tests are about
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = json.loads(raw) if raw else {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
-        self.server.calls.append((self.path, body, dict(self.headers)))
-        self.server.behave(self, body)
-
-    do_GET = do_POST
-
-    def log_message(self, *args): ...
-
-    def reply(self, answer, status=200, **headers):
-        raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        self.begin(len(raw), status, **headers)
-        self.wfile.write(raw)
-
-    def begin(self, length, status=200, **headers):
-        self.send_response(status)
-        self.send_header("Content-Length", str(length))
-        self.send_header("Connection", "close")
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-
-
-@pytest.fixture
-def serve():
-    """Start a server on a free port; all are stopped when the test ends."""
-    servers = []
-
-    def start(behave, port=0):
-        servers.append(Server(behave, port))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
 
 
 def search_r1(*texts):
@@ -622,11 +570,6 @@ def test_the_key_of_a_server_is_sent_and_never_shown(serve, tiny, tokenizer, mon
 
 
 # ---------------------------------------------------------------- the judge
-
-
-def command(module, *arguments):
-    """One of the kit's commands, in this process: starting another takes seconds."""
-    return module.app([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def test_label_with_a_model_as_judge(serve, capsys, jsonl, tmp_path):

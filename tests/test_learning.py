@@ -9,8 +9,7 @@ import random
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_model, make_tokenizer
-from test_algorithms import settings
+from helpers import make_model, make_tokenizer, settings
 
 import sft_simulator as sim
 import train_rl as rl

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, TWO_PROCESSES, make_model
-from test_rl import BUDGET, question, read_metrics
+from helpers import BUDGET, ROOT, TWO_PROCESSES, make_model, question, read_metrics
 
 import sft_simulator as sim
 import train_rl as rl

@@ -7,42 +7,24 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TWO_PROCESSES
-from test_simulator import HOSTILE, ScriptedGenerator, corpus_rows
+from helpers import (
+    BUDGET,
+    HOSTILE,
+    LIMITS,
+    PROMPTS,
+    ROOT,
+    TWO_PROCESSES,
+    FakeGenerator,
+    command,
+    corpus_rows,
+    one_line,
+    play,
+    question,
+    read_metrics,
+)
 
 import sft_simulator as sim
 import train_rl as rl
-
-PROMPTS = sim.load_prompts()
-LIMITS = rl.RolloutSettings(max_searches=2, tokens_per_turn=64, context_tokens=4000, observation_tokens=300)
-
-
-class ScriptedEngine:
-    """Returns the same documents to every request, and remembers the requests."""
-
-    name = "scripted"
-
-    def __init__(self, documents):
-        self.documents, self.requests = documents, []
-
-    def search(self, requests):
-        self.requests += requests
-        return [sim.SearchResult(list(self.documents), True, 7, 11) for _ in requests]
-
-
-def question(i=0, answers=("Lima",), **extra):
-    return {"id": f"q{i}", "question": f"Question {i}?", "golden_answers": list(answers), **extra}
-
-
-def play(tokenizer, replies, documents=("doc",), limits=LIMITS, n=1, engine=..., **kwargs):
-    """Episodes whose policy says `replies`, in the order it is asked."""
-    episodes = [rl.new_episode(question(i), 0, tokenizer, PROMPTS) for i in range(n)]
-    generator, engine = ScriptedGenerator(tokenizer, replies), ScriptedEngine(documents) if engine is ... else engine
-    rl.rollout(episodes, generator, tokenizer, engine, PROMPTS, limits, **kwargs)
-    for episode in episodes:
-        rl.score(episode)
-    return episodes, generator, engine
-
 
 # ---------------------------------------------------------------- rollout
 
@@ -50,15 +32,14 @@ def play(tokenizer, replies, documents=("doc",), limits=LIMITS, n=1, engine=...,
 def test_an_episode_is_what_was_sampled_and_read(tokenizer):
     replies = ["<think> t </think>\n<search> capital of Peru </search>", "<answer> Lima </answer>"]
     (episode,), generator, engine = play(tokenizer, replies, ["Lima is it.", "Not me."])
-    eos = tokenizer.eos_token
     read = "\n<information>\n1. Lima is it.\n2. Not me.\n</information>\n"
     prompt = tokenizer.decode(episode.ids[: episode.prompt_tokens])
-    assert tokenizer.decode(episode.ids) == prompt + replies[0] + eos + read + replies[1] + eos
+    assert tokenizer.decode(episode.ids) == prompt + replies[0] + read + replies[1]
     written = [token for token, sampled in zip(episode.ids, episode.mask) if sampled]
-    assert tokenizer.decode(written) == replies[0] + eos + replies[1] + eos
+    assert tokenizer.decode(written) == replies[0] + replies[1]
     assert (episode.answer, episode.end, episode.searches, episode.reward) == ("Lima", "answered", 1, 1.0)
     assert episode.simulator_tokens == 11 and episode.scores["em"] == 1
-    assert generator.prompts[1] == prompt + replies[0] + eos + read
+    assert generator.prompts[1] == prompt + replies[0] + read
     assert engine.requests[0].query == "capital of Peru"
 
 
@@ -171,22 +152,22 @@ def test_curriculum_is_the_published_formula():
     assert random[7] == rl.noise_probability(7, 203, 0.1, 0.5, 4, "random", seed=1)
 
 
-def test_schedule_command(run_script):
-    p = json.loads(run_script("train_rl.py", "schedule", "--steps", "5", "--p-end", "0.4", "--json").stdout)
+def test_schedule_command(capsys):
+    command(rl, "schedule", "--steps", 5, "--p-end", 0.4, "--json")
+    p = json.loads(capsys.readouterr().out)
     assert p == pytest.approx([(4 ** (i / 4) - 1) / 3 * 0.4 for i in range(5)])
-    assert "p 0.4000" in run_script("train_rl.py", "schedule", "--steps", "5", "--p-end", "0.4").stdout
+    command(rl, "schedule", "--steps", 5, "--p-end", 0.4)
+    assert "p 0.4000" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- commands
 
-BUDGET = ["--steps", 2, "--prompts-per-step", 2, "--rollouts", 2, "--top-k", 2, "--max-searches", 2, "--tokens-per-turn", 24,
-          "--context-tokens", 900, "--observation-tokens", 80, "--simulator-max-tokens", 24, "--lr", "1e-3"]  # fmt: skip
-TIMES = ("time/", "rate/")
+def options(data, model, out, *extra):
+    return ["train", "--data", data, "--model", model, "--out", out, *BUDGET, *extra]
 
 
-def train(run_script, data, model, out, *extra, check=True, **env):
-    where = ("--data", data, "--model", model, "--out", out)
-    return run_script("train_rl.py", "train", *where, *BUDGET, *extra, check=check, **env)
+def train(data, model, out, *extra):
+    command(rl, *options(data, model, out, *extra))
 
 
 @pytest.fixture
@@ -194,14 +175,10 @@ def data(jsonl):
     return jsonl("train.jsonl", [question(i, hops=1 + i % 2) for i in range(4)])
 
 
-def read_metrics(out):
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMES)}
-            for line in (out / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
-
-
 def test_two_runs_with_one_seed_agree(run_script, data, policy, tiny, tmp_path):
-    for name in ("a", "b"):
-        train(run_script, data, policy, tmp_path / name, "--simulator", tiny)
+    """One in this process, one in another."""
+    train(data, policy, tmp_path / "a", "--simulator", tiny)
+    run_script("train_rl.py", *options(data, policy, tmp_path / "b", "--simulator", tiny))
     metrics = read_metrics(tmp_path / "a")
     assert metrics == read_metrics(tmp_path / "b") and len(metrics) == 2
     assert (tmp_path / "a/episodes.jsonl").read_text() == (tmp_path / "b/episodes.jsonl").read_text()
@@ -213,18 +190,18 @@ def test_two_runs_with_one_seed_agree(run_script, data, policy, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "ppo", "reinforce++"])
-def test_each_algorithm_runs(run_script, data, policy, tiny, tmp_path, algorithm):
-    train(run_script, data, policy, tmp_path / "run", "--simulator", tiny, "--algorithm", algorithm, "--epochs", 2)
+def test_each_algorithm_runs(data, policy, tiny, tmp_path, algorithm):
+    train(data, policy, tmp_path / "run", "--simulator", tiny, "--algorithm", algorithm, "--epochs", 2)
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
-def test_warmup_then_real_engine_and_none(run_script, data, tiny, jsonl, tmp_path):
+def test_warmup_then_real_engine_and_none(data, tiny, jsonl, tmp_path):
     turns = [{"text": "<search> a </search>", "query": "a", "documents": ["d", "e"]}, {"text": "<answer> Lima </answer>"}]
     records = jsonl("trajectories.jsonl", [question(i) | {"turns": turns} for i in range(8)])
-    run_script("train_rl.py", "warmup", records, "--model", tiny, "--out", tmp_path / "warm", "--top-k", 2, "--lr", "1e-3")
+    command(rl, "warmup", records, "--model", tiny, "--out", tmp_path / "warm", "--top-k", 2, "--lr", "1e-3")
     corpus = jsonl("corpus.jsonl", corpus_rows())
-    train(run_script, data, tmp_path / "warm/model", tmp_path / "bm25", "--engine", "bm25", "--corpus", corpus)
-    train(run_script, data, tiny, tmp_path / "none", "--engine", "none")
+    train(data, tmp_path / "warm/model", tmp_path / "bm25", "--engine", "bm25", "--corpus", corpus)
+    train(data, tiny, tmp_path / "none", "--engine", "none")
     assert read_metrics(tmp_path / "none")[0]["cost/searches"] == 0
 
 
@@ -234,9 +211,7 @@ def test_replay_gives_the_ids_a_rollout_would(tokenizer):
     turns = [{"text": replies[0], "query": "a", "documents": ["d", "e", "deeper"]}, {"text": replies[1]}]
     record = question() | {"turns": turns}
     sequence = rl.replay(record, tokenizer, PROMPTS, top_k=2)
-    eos = tokenizer.eos_token_id  # the scripted policy ends its turns with it, the recorded one does not
-    rolled = [(t, m) for t, m in zip(episode.ids, episode.mask) if not (t == eos and m)]
-    assert list(zip(sequence.ids, sequence.mask)) == rolled
+    assert (sequence.ids, sequence.mask) == (episode.ids, episode.mask)
 
 
 def test_no_real_document_reaches_training(data, tiny, tmp_path, monkeypatch):
@@ -258,7 +233,7 @@ def test_no_real_document_reaches_training(data, tiny, tmp_path, monkeypatch):
     tokenizer = sim.load_tokenizer(str(tiny))
     episode = rl.new_episode(question(), 0, tokenizer, PROMPTS)
     replies = ["<search> capital of Peru </search>", "<answer> Lima </answer>"]
-    rl.rollout([episode], ScriptedGenerator(tokenizer, replies), tokenizer, engine, PROMPTS, LIMITS)
+    rl.rollout([episode], FakeGenerator(tokenizer, replies), tokenizer, engine, PROMPTS, LIMITS)
     passages = {row["text"] for row in sim.read_jsonl(settings.corpus)}
     assert len(asked) == 1 and not passages & set(episode.turns[0].documents)
 
@@ -278,22 +253,22 @@ def test_no_real_document_reaches_training(data, tiny, tmp_path, monkeypatch):
     (["--engine", "none"], "no/such-model"),
     ([], "--simulator"),
 ])  # fmt: skip
-def test_bad_settings_are_one_line_and_exit_code_2(run_script, data, tmp_path, extra, words):
+def test_bad_settings_are_one_line_and_exit_code_2(capsys, monkeypatch, data, tmp_path, extra, words):
     """Refused before anything is loaded or written: the model doesn't exist, which is noticed last."""
-    done = train(run_script, data, "no/such-model", tmp_path / "run", *extra, check=False, HF_HUB_OFFLINE="1")
-    errors = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and len(errors) == 1 and words in errors[0], done.stderr
+    arguments = options(data, "no/such-model", tmp_path / "run", *extra)
+    assert words in one_line(capsys, monkeypatch, rl, *arguments)
     assert not (tmp_path / "run").exists()
 
 
-def test_empty_gold_and_existing_run_are_refused(run_script, jsonl, data, tiny, tmp_path):
+def test_empty_gold_and_existing_run_are_refused(capsys, monkeypatch, jsonl, data, tiny, tmp_path):
     bad = jsonl("bad.jsonl", [question(0), question(1, answers=[])])
-    done = train(run_script, bad, tiny, tmp_path / "run", "--engine", "none", check=False)
-    assert done.returncode == 2 and "bad.jsonl:2" in done.stderr
+    arguments = options(bad, tiny, tmp_path / "run", "--engine", "none")
+    assert "bad.jsonl:2" in one_line(capsys, monkeypatch, rl, *arguments)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text("{}")
-    done = train(run_script, data, tiny, tmp_path / "run", "--engine", "none", check=False)
-    assert done.returncode == 2 and "--overwrite" in done.stderr and (tmp_path / "run/config.json").read_text() == "{}"
+    arguments = options(data, tiny, tmp_path / "run", "--engine", "none")
+    assert "--overwrite" in one_line(capsys, monkeypatch, rl, *arguments)
+    assert (tmp_path / "run/config.json").read_text() == "{}"
 
 
 def test_two_processes_make_the_same_step_as_one(data, policy, tmp_path):
@@ -309,20 +284,20 @@ def test_two_processes_make_the_same_step_as_one(data, policy, tmp_path):
     assert two == pytest.approx(one, rel=0.02, abs=1e-3)  # bfloat16, in other micro-batches
 
 
-def test_nothing_to_learn_is_no_error(run_script, data, tiny, tmp_path):
+def test_nothing_to_learn_is_no_error(data, tiny, tmp_path):
     """No episode answers and no KL is paid for: every group is without variance, nothing is trained, the step counts."""
-    train(run_script, data, tiny, tmp_path / "run", "--engine", "none", "--kl-coef", "0")
+    train(data, tiny, tmp_path / "run", "--engine", "none", "--kl-coef", "0")
     row = read_metrics(tmp_path / "run")[0]
     assert row["reward/zero_variance_groups"] == 1 and row["loss/grad_norm"] == row["loss/policy"] == 0
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(run_script, data, policy, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(data, policy, tmp_path):
     extra = ["--engine", "none", "--steps", 4, "--save-every", 2, "--rollouts", 3, "--kl-coef", "0.1"]
-    train(run_script, data, policy, tmp_path / "whole", *extra)
-    train(run_script, data, policy, tmp_path / "cut", *extra)
+    train(data, policy, tmp_path / "whole", *extra)
+    train(data, policy, tmp_path / "cut", *extra)
     # As if it had been killed in step 3: the checkpoint of step 2 is there, later lines too, no final model.
     (tmp_path / "cut/model/model.safetensors").unlink()
-    train(run_script, data, policy, tmp_path / "cut", *extra, "--resume")
+    train(data, policy, tmp_path / "cut", *extra, "--resume")
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
     for file in ("episodes.jsonl", "model/model.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -9,8 +9,16 @@ import ranks
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, TWO_PROCESSES, make_model
-from test_algorithms import ALGORITHMS, gradient, relative, saved_episodes, settings
+from helpers import (
+    ALGORITHMS,
+    ROOT,
+    TWO_PROCESSES,
+    gradient,
+    make_model,
+    relative,
+    saved_episodes,
+    settings,
+)
 from typer.testing import CliRunner
 
 import sft_simulator as sim

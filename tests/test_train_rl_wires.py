@@ -15,6 +15,7 @@ from helpers import (
     FakeEngine,
     FakeGenerator,
     command,
+    make_model,
     plug_engine,
     plug_generators,
     question,
@@ -410,8 +411,6 @@ def test_the_reference_stays_the_start_model(train):
 
 
 def test_the_critic_is_its_own_model_at_its_own_rate(train, tmp_path, tokenizer):
-    from conftest import make_model
-
     make_model(len(tokenizer), seed=5).save_pretrained(tmp_path / "critic")
     run = train(algorithm="ppo", critic_lr=0.07, critic=tmp_path / "critic")
     policy, critic = run.optimizers
