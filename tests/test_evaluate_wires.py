@@ -471,7 +471,7 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
     runs[3].mkdir()
     jsonl("zero/metrics.jsonl", [
         {"step": i, "reward/mean": 0.1 * i, "search/per_episode": 1.0 + i, "noise/p": 0.5 - i / 50,
-         "time/step": 2400, "time/search": 1200, "cost/searches": 200} for i in range(3)])  # fmt: skip
+         "time/step": 2400, "time/search": 1200, "cost/searches": 200} for i in range(3)])
     jsonl("zero/config.json", [{"settings": {"engine": "simulator"},
                                 "hardware": {"device": "cuda", "name": "A100-80GB", "count": 2}}])
     command(evaluate, "report", *runs, "--out", tmp_path / "page")
@@ -488,7 +488,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
         "| run | steps | reward | searches an episode | noise p |",
         "| zero | 3 | 0.00 to 0.20 | 1.00 to 3.00 | 0.50 to 0.46 |",
         # 600 x $275 / 30,000; 2 GPUs for 1 and for 2 hours at $1.475
-        "| zero | 600 | $5.50 | $2.95 | $5.90 | 2 x A100-80GB |", "| zero | 7,200 |", "| three | 60 |",
+        "| zero | 600 | $5.50 | $2.95 | $5.90 | 2 x A100-80GB |", "| zero | 7,200 |",
+        "| three | 60 |",
     ):  # fmt: skip
         assert line in text, line
     em = (10.0, [[1.0], [2.0]])
@@ -538,9 +539,9 @@ def test_costs_of_runs_add_up_in_every_column(tmp_path, jsonl, capsys, monkeypat
     Path("prices.toml").write_text(PRICES)
     step = {"cost/searches": 1000, "cost/policy_tokens": 1, "cost/simulator_prompt_tokens": 20,
             "cost/simulator_tokens": 300, "time/step": 1000, "time/rollout": 100,
-            "time/search": 200, "time/reference": 300, "time/update": 150, "time/sync": 50}  # fmt: skip
+            "time/search": 200, "time/reference": 300, "time/update": 150, "time/sync": 50}
     for count, (run, engine, more) in enumerate(
-            [("a/run", "simulator", []), ("b/run", "cheap", [{"time/sync": 0}])], start=1):  # fmt: skip
+            [("a/run", "simulator", []), ("b/run", "cheap", [{"time/sync": 0}])], start=1):
         Path(run).mkdir(parents=True)
         hardware = {"device": "cuda", "name": "gpu", "count": count}
         jsonl(f"{run}/config.json", [{"settings": {"engine": engine}, "hardware": hardware}])
