@@ -31,7 +31,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import cycle
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -44,46 +43,37 @@ from rich.console import Console
 from rich.text import Text
 
 import costs
-from sft_simulator import (
+from plumbing.cli import (
     MODEL_OR_SERVER,
-    ROOT,
-    Generation,
-    Generator,
     GeneratorOption,
     Overwrite,
-    Prompts,
     PromptsFile,
-    Sampling,
-    SearchEngine,
-    SearchRequest,
-    SearchResult,
     Seed,
     TopK,
     Url,
     UserError,
+    console,
+    leave,
+    progress_bar,
+    run_cli,
+)
+from plumbing.engines import SearchEngine, SearchRequest, SearchResult, check_top_k
+from plumbing.files import (
     append_jsonl,
-    check_engine,
     check_no_run,
     check_same_run,
-    check_top_k,
-    console,
     draw_seed,
-    encode,
-    fill,
-    format_documents,
-    leave,
-    load_generator,
-    load_prompts,
-    neutralize,
-    normalize_answer,
     open_run,
-    progress_bar,
-    prompt_ids,
     read_jsonl,
     read_questions,
-    run_cli,
     write_jsonl,
 )
+from plumbing.generate import Generation, Generator, Sampling
+from plumbing.report import draw_costs, draw_em, draw_training, markdown_table, with_interval
+from plumbing.served import load_generator
+from plumbing.text import ROOT, Prompts, encode, fill, load_prompts, neutralize, normalize_answer, prompt_ids
+from plumbing.web import check_engine
+from sft_simulator import format_documents
 from train_rl import (
     Episode,
     FailedSearches,
@@ -748,11 +738,6 @@ def simulator_row(trained: dict[str, Any] | None) -> str:
 
 # ---------------------------------------------------------------- report
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: for all eyes
-STYLE = {"figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
-         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "0.9",
-         "legend.frameon": False, "savefig.dpi": 150}  # fmt: skip
-
 
 @app.command()
 def report(
@@ -783,15 +768,6 @@ def run_names(runs: list[Path]) -> dict[str, Path]:
     """Each run by its folder's name, or by its path where another has the same name."""
     folders = [run.resolve().name for run in runs]
     return {str(run) if folders.count(folder) > 1 else folder: run for folder, run in zip(folders, runs)}
-
-
-def markdown_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
-
-
-def with_interval(m: dict[str, float], digits: int = 1) -> str:
-    return f"{m['mean']:.{digits}f} ({m['low']:.{digits}f} to {m['high']:.{digits}f})"
 
 
 def evaluation_section(evaluations: dict[str, dict], names: dict[str, Path], out: Path) -> list[str]:
@@ -852,7 +828,9 @@ def cost_section(runs: dict[str, Path], out: Path) -> list[str]:
         header = ["run", "searches", *BILL, "device"]
         rows = [[name, f"{bill['searches']:,.0f}", *(costs.dollars(part(bill)) for part in BILL.values()),
                  f"{bill['devices']} x {bill['device']}"] for name, bill in bills.items()]  # fmt: skip
-        draw_costs(bills, out / "costs.png")
+        bars = {name: {kind: (part(bill), costs.dollars(part(bill))) for kind, part in BILL.items()}
+                for name, bill in bills.items()}
+        draw_costs(bars, out / "costs.png")
         notes = [markdown_table(header, rows), *notes, "![Cost](costs.png)"]
     return ["## Cost", "What the searches would have cost at an API, and what the run cost, at the prices of "
             "data/prices.toml.", *notes]  # fmt: skip
@@ -875,92 +853,6 @@ def time_section(stages: dict[str, list[dict]], evaluations: dict[str, dict], wr
     rows = [[name, costs.number(s)] for name, s in seconds.items()]
     return ["## Time", "Spent in training steps and in answering; loading is not counted.",
             markdown_table(["run", "seconds"], rows)]  # fmt: skip
-
-
-def panels(count: int, heights: list[float], **options):
-    """A figure 1200 pixels wide of panels one below the other, heights in inches."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    fig, axes = plt.subplots(count, 1, figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, **options)
-    return fig, axes[:, 0]
-
-
-def save_figure(fig, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    fig.savefig(path)
-    plt.close(fig)
-
-
-def draw_training(trainings: dict[str, list[dict]], path: Path) -> None:
-    """Reward, searches and noise over steps: points, and their moving mean over a twentieth of the run, at least 3."""
-    from matplotlib.ticker import MaxNLocator
-
-    fig, axes = panels(3, [3.0, 1.9, 1.7], sharex=True)
-    for (name, steps), colour in zip(trainings.items(), cycle(COLOURS)):
-        x = [step["step"] for step in steps]
-        kernel = np.ones(min(len(x), max(3, len(x) // 20)))
-        for ax, key in zip(axes, ("reward/mean", "search/per_episode")):
-            y = [step[key] for step in steps]
-            smooth = np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
-            ax.plot(x, y, ".", color=colour, alpha=0.35, markersize=5)
-            ax.plot(x, smooth, color=colour, linewidth=2, label=name if key == "reward/mean" else None)
-        axes[2].plot(x, [step["noise/p"] for step in steps], color=colour, linewidth=2)
-    titles = ("Training reward", "Searches", "Curriculum: share of searches answered with noise")
-    for ax, title, label in zip(axes, titles, ("mean reward, 0 to 1", "per episode", "probability p")):
-        ax.set(title=title, ylabel=label, ylim=(0, 1.1 * max(ax.get_ylim()[1], 0.1)))
-        ax.grid(axis="y")
-    axes[0].set_ylim(0, 1)
-    axes[2].set_xlabel("step")
-    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    fig.legend(loc="outside lower center", ncols=3)
-    save_figure(fig, path)
-
-
-def draw_em(evaluations: dict[str, dict], path: Path) -> None:
-    """Bars with intervals: a panel a benchmark, a colour a method."""
-    benchmarks: dict[str, list[tuple[str, dict]]] = {}
-    for name, r in evaluations.items():
-        benchmarks.setdefault(r["benchmark"], []).append((name, r))
-    colours = dict(zip(dict.fromkeys(r["method"] for r in evaluations.values()), cycle(COLOURS)))
-    fig, axes = panels(len(benchmarks), [0.7 + 0.4 * len(bars) for bars in benchmarks.values()], sharex=True)
-    for ax, (benchmark, bars) in zip(axes, benchmarks.items()):
-        for place, (_, r) in enumerate(bars):
-            em = r["metrics"]["em"]
-            ax.barh(place, em["mean"], color=colours[r["method"]], height=0.62,
-                    xerr=[[em["mean"] - em["low"]], [em["high"] - em["mean"]]], error_kw={"capsize": 3})  # fmt: skip
-            ax.annotate(f"{em['mean']:.1f}", (em["high"], place), (6, 0), textcoords="offset points", va="center")
-        labels = [name if r["method"] in name else f"{name} ({r['method']})" for name, r in bars]
-        horizontal_bars(ax, labels, f"{benchmark}, {' or '.join(sorted({str(r['n']) for _, r in bars}))} questions")
-        ax.set_xlim(0, 100)
-    axes[-1].set_xlabel("exact match, %, with 95 % bootstrap interval")
-    save_figure(fig, path)
-
-
-def horizontal_bars(ax, labels: list[str], title: str) -> None:
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_title(title)
-    ax.invert_yaxis()
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")
-
-
-def draw_costs(bills: dict[str, dict], path: Path) -> None:
-    """Three bars a run: its searches at an API, what the run paid for searching, what it cost in all."""
-    fig, (ax,) = panels(1, [0.9 + 0.9 * len(bills)])
-    for k, ((kind, part), colour) in enumerate(zip(BILL.items(), COLOURS)):
-        for place, bill in enumerate(bills.values()):
-            usd, y = np.nan_to_num(part(bill)), place + 0.26 * (k - 1)
-            ax.barh(y, usd, height=0.24, color=colour)
-            text = f"{costs.dollars(part(bill))}  {kind}"  # named at the bar: most are too short to show their colour
-            ax.annotate(text, (usd, y), (5, 0), textcoords="offset points", va="center")
-    horizontal_bars(ax, list(bills), "What searching costs")
-    ax.set(xlabel="US dollars", xlim=(0, 1.35 * ax.get_xlim()[1]))
-    save_figure(fig, path)
 
 
 # ---------------------------------------------------------------- ask

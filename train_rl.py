@@ -15,23 +15,16 @@ better than expected, `update` makes them likelier. Documents are read, never tr
     accelerate launch train_rl.py train ...        # any number of devices, by Accelerate's own config
 """
 
-import itertools
 import json
-import logging
 import math
-import os
 import random
 import re
-import shlex
-import shutil
-import signal
 import sys
-import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,68 +38,36 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import costs
-from sft_simulator import (
+from plumbing.checkpoints import Signals, find_checkpoint, load_checkpoint, resume_command, save_checkpoint, set_lines_aside
+from plumbing.cli import (
     MODEL_OR_SERVER,
-    NOTHING,
-    ROOT,
-    Generator,
     GeneratorOption,
     Overwrite,
-    Prompts,
     PromptsFile,
-    Quality,
-    Sampling,
-    SearchEngine,
-    SearchRequest,
     Seed,
-    Sequence,
-    SimulatedEngine,
-    TokenScorer,
     TopK,
     Url,
     UserError,
-    append_jsonl,
-    check_engine,
-    check_same_run,
-    check_top_k,
-    collate,
     console,
-    draw_seed,
-    encode,
-    fill,
-    fine_tune,
-    first_line,
-    format_documents,
     leave,
-    load_generator,
-    load_model,
-    load_prompts,
-    load_tokenizer,
-    make_accelerator,
-    make_real_engine,
-    micro_batches,
-    named_weights,
-    neutralize,
-    normalize_answer,
-    open_run,
-    own_tokens,
-    packed_states,
     progress_bar,
-    prompt_ids,
-    read_jsonl,
-    read_questions,
     run_cli,
-    same_count,
-    save_model,
-    whole,
-    write_jsonl,
 )
+from plumbing.engines import Quality, SearchEngine, SearchRequest, check_top_k
+from plumbing.files import append_jsonl, draw_seed, open_run, read_jsonl, read_questions
+from plumbing.generate import Generator, Sampling
+from plumbing.models import load_model, load_tokenizer, make_accelerator, named_weights, save_model, whole
+from plumbing.rates import Pass, PhaseClock, peak_flops, rates
+from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate, micro_batches, packed_states, same_count
+from plumbing.served import load_generator
+from plumbing.text import ROOT, Prompts, encode, fill, load_prompts, neutralize, normalize_answer, prompt_ids
+from plumbing.web import check_engine, make_real_engine
+from sft_simulator import SimulatedEngine, fine_tune, format_documents
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -499,15 +460,6 @@ class Critic(nn.Module):
 
 
 @dataclass
-class Pass:
-    """A module's pass over a micro-batch: forward (2 operations a parameter and token) or backward too (6)."""
-
-    module: nn.Module
-    batch: list[Sequence]
-    operations: Literal[2, 6]
-
-
-@dataclass
 class Trainer:
     """What a step works on. `critic` is there for PPO alone, `reference` only where a KL is paid for."""
 
@@ -715,26 +667,6 @@ def idle_backward(trainer: Trainer) -> None:
 # ---------------------------------------------------------------- metrics
 
 
-class PhaseClock:
-    """Seconds by phase of one step: `with clock("rollout"): ...`."""
-
-    def __init__(self):
-        self.started, self.seconds = time.perf_counter(), Counter()
-
-    @contextmanager
-    def __call__(self, phase: str):
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds[phase] += time.perf_counter() - begun
-
-    def metrics(self) -> dict[str, float]:
-        return {f"time/{phase}": s for phase, s in self.seconds.items()} | {"time/step": time.perf_counter() - self.started}
-
-
 def rollout_metrics(episodes: list[Episode], group_size: int) -> dict[str, float]:
     """What the step's episodes say of themselves: rewards and their parts, searches, tokens, cost counters."""
     scored = [e for e in episodes if e.end != "failed"]
@@ -763,47 +695,6 @@ def rollout_metrics(episodes: list[Episode], group_size: int) -> dict[str, float
         "cost/policy_tokens": sum(sum(e.mask) for e in episodes),
     }  # fmt: skip
     return metrics
-
-
-def rates(trainer: Trainer, metrics: dict[str, float], peak: float) -> dict[str, float]:
-    """Tokens a second and useful TFLOP/s by phase, over all ranks; MFU, the share of their measured peak the update reaches.
-
-    Useful operations: 2 (forward) or 6 (backward too) for each parameter of the body and token, and for each of the head
-    where it scores a token. A beginning that sequences of a micro-batch share is computed, and counted, once; as tokens
-    a second it counts in each. Recomputation and attention's own products don't count."""
-    found = {"rate/rollout_tokens": metrics["cost/policy_tokens"] / metrics["time/rollout"]}
-    for phase, operations in (("reference", 2), ("update", 6)):
-        done = [work for work in trainer.work if work.operations == operations]
-        tokens = trainer.total(sum(len(s.ids) for work in done for s in work.batch))
-        flops = trainer.total(sum(operations * useful_products(trainer.accelerator, work) for work in done))
-        found[f"rate/{phase}_tokens"] = tokens / metrics[f"time/{phase}"]
-        found[f"rate/{phase}_tflops"] = flops / metrics[f"time/{phase}"] / 1e12
-    trainer.work.clear()
-    return found | {"rate/mfu": found["rate/update_tflops"] * 1e12 / peak}
-
-
-def useful_products(accelerator: Accelerator, work: Pass) -> int:
-    """Parameters times the tokens they see: the embedding, a mere lookup, sees none, the head the scored ones."""
-    seen = sum(own_tokens(s, above) for above, s in itertools.pairwise([None, *work.batch]))
-    scored = sum(sum(s.mask[1:]) for s in work.batch)
-    module = accelerator.unwrap_model(work.module)
-    if isinstance(module, Critic):
-        decoder, head = module.decoder, module.head
-    else:
-        decoder, head = module.model.get_decoder(), module.model.get_output_embeddings()
-    body = sum(p.numel() for p in decoder.parameters()) - decoder.get_input_embeddings().weight.numel()
-    return body * seen + head.weight.numel() * scored
-
-
-def peak_flops(device: torch.device) -> float:
-    """Operations a second of one large bfloat16 matrix product, the best of three: what MFU is a share of."""
-    n = 8192 if device.type == "cuda" else 2048
-    matrix = torch.rand(n, n, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    clock = PhaseClock()
-    for trial in ("0", "1", "2"):
-        with clock(trial):
-            matrix @ matrix
-    return 2 * n**3 / min(clock.seconds.values())
 
 
 def mean(values) -> float:
@@ -1154,109 +1045,6 @@ def make_engine(s: SimpleNamespace, prompts: Prompts, device: torch.device | Non
 
 
 # ---------------------------------------------------------------- signals and checkpoints
-
-
-class Signals:
-    """SIGTERM and SIGINT: all ranks drop the same step and save what came before it. A second signal ends the process at once.
-
-    A signal raises KeyboardInterrupt: where that is allowed as it comes, elsewhere at the next `allow` or `agree`."""
-
-    def __init__(self):
-        self.number, self.allowed = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.arrived)
-
-    def arrived(self, number: int, frame: object) -> None:
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_DFL)
-        self.number = number
-        self.allow(self.allowed)
-
-    def allow(self, allowed: bool) -> None:
-        """Whether a signal may end this rank's work here; one that waits does so now."""
-        self.allowed = allowed
-        if allowed and self.number:
-            raise KeyboardInterrupt
-
-    def agree(self) -> None:
-        """Raise KeyboardInterrupt on every rank if a signal has come to any. From here on none ends a rank's work alone."""
-        self.allowed = False
-        self.number = max(gather_object([self.number]))
-        if self.number:
-            raise KeyboardInterrupt
-
-
-def resume_command(processes: int) -> str:
-    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    return shlex.join([*launcher, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"])
-
-
-def checkpoint_folder(out: Path, step: int) -> Path:
-    return out / "checkpoints" / f"step-{step:06d}"
-
-
-def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
-    """Weights, optimizers and random states after `step` steps: written under another name, flushed, then renamed.
-
-    That is all there is: the place in the data, the noise and every draw of a generator are functions of seed and step."""
-    final = checkpoint_folder(out, step)
-    if step == 0 or final.exists():
-        return
-    temporary = final.with_name(final.name + ".tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, every time
-    try:
-        accelerator.save_state(temporary)
-        flush([path for path in temporary.rglob("*") if path.is_file()] + [temporary])
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{temporary} can't be written: {first_line(error)}; older checkpoints are as they were") from None
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        temporary.rename(final)
-        flush([final.parent])
-        for old in sorted(final.parent.glob("step-??????"))[:-2]:
-            shutil.rmtree(old)
-
-
-def flush(paths: list[Path]) -> None:
-    """Bring files, or the names in a folder, to the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def find_checkpoint(out: Path, settings: dict[str, Any]) -> int:
-    """Steps done at the last whole checkpoint of OUT, 0 without one. Raises UserError if the run used other settings."""
-    check_same_run(out, settings, free=("save_every", "logger", "preset", "failed_searches"))
-    saved = sorted((out / "checkpoints").glob("step-??????"))
-    return int(saved[-1].name[5:]) if saved else 0
-
-
-def load_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
-    folder = checkpoint_folder(out, step)
-    try:
-        accelerator.load_state(folder)
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} does not fit this run's model: {first_line(error)}") from None
-
-
-def set_lines_aside(out: Path, step: int) -> None:
-    """Move the lines of metrics and episodes that came after the checkpoint, and a line cut short, to another file."""
-    for unfinished in (out / "checkpoints").glob("*.tmp"):
-        console.print(f"{unfinished} was left half-written: not used", style="yellow", soft_wrap=True)
-    for name in ("metrics.jsonl", "episodes.jsonl"):
-        if not (out / name).exists():
-            continue
-        with open(out / name, encoding="utf-8") as file:
-            lines = list(file)  # cut at line feeds alone: a text may hold the other separators of Unicode
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        kept = [row for row in rows if row["step"] < step]
-        with open(out / f"{name}.set-aside", "a", encoding="utf-8") as aside:
-            aside.writelines(lines[len(kept) :])
-        write_jsonl(out / name, kept)
 
 
 if __name__ == "__main__":

