@@ -13,16 +13,15 @@ What a run did not report is NaN all the way through, is printed as "-" and is n
 
 import json
 import math
-import sys
 import tomllib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+
+from plumbing.cli import Settings, UserError, command, make_app, option, print_table, run_cli
 
 DATA = Path(__file__).resolve().parent / "data"
 PAPER_API = "serpapi"  # savings are measured against the API that the paper pays
@@ -30,13 +29,9 @@ PHASES = ("rollout", "search", "reference", "update", "sync")  # disjoint; time/
 TOKENS = ("policy_tokens", "simulator_prompt_tokens", "simulator_tokens")
 COUNTERS = ["cost/searches", *(f"cost/{name}" for name in TOKENS), *(f"time/{name}" for name in (*PHASES, "step"))]
 
-app = typer.Typer(add_completion=False, help=__doc__.split("\n")[0])
+app = make_app(__doc__)
 PricesOption = Annotated[Path, typer.Option(help="Prices of search APIs and devices, in the form of data/prices.toml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-
-
-class CostError(ValueError):
-    """A mistake in what the user gave: main() prints it as one line and exits with 2."""
 
 
 # ---- prices ----------------------------------------------------------------------------------------------------------
@@ -51,38 +46,38 @@ def is_amount(value: object) -> bool:
 def load_prices(path: Path = DATA / "prices.toml") -> dict:
     """Prices as {"search": {name: {usd, searches, ...}}, "device": {name: {usd_per_hour, ...}}}, in US dollars.
 
-    Raises CostError where the file is missing, is no TOML, or an entry lacks a positive price, its date or its source.
+    Raises UserError where the file is missing, is no TOML, or an entry lacks a positive price, its date or its source.
     """
     try:
         prices = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CostError(f"{path}: no readable prices: {error}") from None
+        raise UserError(f"{path}: no readable prices: {error}") from None
     for kind, amounts in {"search": ("usd", "searches"), "device": ("usd_per_hour",)}.items():
         if not isinstance(prices.get(kind), dict):
-            raise CostError(f"{path}: no [{kind}.NAME] table")
+            raise UserError(f"{path}: no [{kind}.NAME] table")
         for name, entry in prices[kind].items():
             if not (isinstance(entry, dict) and all(is_amount(entry.get(key)) and entry[key] > 0 for key in amounts)):
-                raise CostError(f"{path}: [{kind}.{name}] needs a positive {' and '.join(amounts)}")
+                raise UserError(f"{path}: [{kind}.{name}] needs a positive {' and '.join(amounts)}")
             if not (entry.get("date") and entry.get("source")):
-                raise CostError(f"{path}: [{kind}.{name}] needs a date and a source")
+                raise UserError(f"{path}: [{kind}.{name}] needs a date and a source")
     return prices
 
 
 def price_of(kind: str, name: str, prices: dict) -> dict:
-    """The entry of a name, or of a device's full name, with its "name". Raises CostError with the names it knows."""
+    """The entry of a name, or of a device's full name, with its "name". Raises UserError with the names it knows."""
     for key, entry in prices[kind].items():
         if name in (key, *entry.get("names", [])):
             return {"name": key, **entry}
-    raise CostError(f"no price for {kind} {name!r}; known: {', '.join(prices[kind])} (add yours with --prices)")
+    raise UserError(f"no price for {kind} {name!r}; known: {', '.join(prices[kind])} (add yours with --prices)")
 
 
 def search_bill(searches: int, api: str = PAPER_API, prices: dict | None = None) -> float:
     """US dollars that `searches` requests cost at a search API (Table 8: 64,000 cost $586.67 at SerpApi).
 
-    Packages are taken as divisible, as in the paper: nothing is rounded up to a whole one. Raises CostError.
+    Packages are taken as divisible, as in the paper: nothing is rounded up to a whole one. Raises UserError.
     """
     if searches < 0:
-        raise CostError(f"searches must not be negative, got {searches}")
+        raise UserError(f"searches must not be negative, got {searches}")
     price = price_of("search", api, prices or load_prices())
     return searches * price["usd"] / price["searches"]
 
@@ -109,16 +104,6 @@ def number(value: float, form: str = ",.0f") -> str:
 
 def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:z.1f} %"
-
-
-def print_table(title: str, header: list[str], rows: list[list[str]], text_columns: int = 1) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < text_columns else "right", no_wrap=index > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
-    Console(markup=False, highlight=False, width=width).print(table)  # a run's name may hold [brackets]
 
 
 # ---- the paper -------------------------------------------------------------------------------------------------------
@@ -181,30 +166,30 @@ def print_table8(title: str, parts: dict, rows: dict, policy: float = 0.0) -> No
 
 
 def read_config(run_dir: Path) -> tuple[str, dict]:
-    """The engine and the hardware {device, name, count} of a run. Raises CostError, naming the file."""
+    """The engine and the hardware {device, name, count} of a run. Raises UserError, naming the file."""
     path = run_dir / "config.json"
     try:
         config = json.loads(path.read_bytes())
         engine, hardware = config["settings"]["engine"], config["hardware"]
         device, name, count = hardware["device"], hardware["name"], hardware["count"]
     except (KeyError, TypeError):
-        raise CostError(f"{path}: needs settings.engine and hardware.device, .name and .count") from None
+        raise UserError(f"{path}: needs settings.engine and hardware.device, .name and .count") from None
     except (OSError, ValueError) as error:
-        raise CostError(f"{path}: not the config of a run: {error}") from None
+        raise UserError(f"{path}: not the config of a run: {error}") from None
     if not (isinstance(engine, str) and isinstance(name, str)):
-        raise CostError(f"{path}: settings.engine and hardware.name must be text, got {engine!r} and {name!r}")
+        raise UserError(f"{path}: settings.engine and hardware.name must be text, got {engine!r} and {name!r}")
     if device not in ("cpu", "cuda") or type(count) is not int or count < 1:
-        raise CostError(f"{path}: hardware needs device cpu or cuda and a positive count, got {device!r} and {count!r}")
+        raise UserError(f"{path}: hardware needs device cpu or cuda and a positive count, got {device!r} and {count!r}")
     return engine, hardware
 
 
 def read_metrics(run_dir: Path) -> tuple[list[dict], list[str]]:
-    """The steps of a run and notes on what was skipped. Raises CostError, naming file and line."""
+    """The steps of a run and notes on what was skipped. Raises UserError, naming file and line."""
     path = run_dir / "metrics.jsonl"
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise CostError(f"{path}: not the metrics of a run: {error}") from None
+        raise UserError(f"{path}: not the metrics of a run: {error}") from None
     steps, notes = [], []
     for index, line in enumerate(lines, start=1):
         if not line.strip():
@@ -213,16 +198,16 @@ def read_metrics(run_dir: Path) -> tuple[list[dict], list[str]]:
             step = json.loads(line)
         except ValueError as error:
             if index < len(lines):
-                raise CostError(f"{path}, line {index}: not JSON: {error}") from None
+                raise UserError(f"{path}, line {index}: not JSON: {error}") from None
             notes.append(f"metrics.jsonl, line {index}: cut off, as a killed process leaves it; skipped")
             continue
         if not isinstance(step, dict):
-            raise CostError(f"{path}, line {index}: not a JSON object")
+            raise UserError(f"{path}, line {index}: not a JSON object")
         if bad := [key for key in COUNTERS if step.get(key) is not None and not is_amount(step[key])]:
-            raise CostError(f"{path}, line {index}: {bad[0]} must be a number >= 0, got {step[bad[0]]!r}")
+            raise UserError(f"{path}, line {index}: {bad[0]} must be a number >= 0, got {step[bad[0]]!r}")
         steps.append(step)
     if not steps:
-        raise CostError(f"{path}: no finished step")
+        raise UserError(f"{path}: no finished step")
     return steps, notes
 
 
@@ -260,7 +245,7 @@ def run_cost(run_dir: str | Path, prices: dict | None = None) -> dict:
     device_seconds and usd by phase ("step": all of it, "other": less the phases reported); api_usd by API; paid_usd,
     spent on the engine if it was an API; bill, in dollars and percent against SerpApi. NaN stands for not reported.
     Device-seconds are seconds x GPUs, or x CPU cores. Not counted, for they are not in its files: steps that a resumed
-    run set aside, and other machines that it called. Raises CostError.
+    run set aside, and other machines that it called. Raises UserError.
     """
     run_dir, prices = Path(run_dir), prices or load_prices()
     engine, hardware = read_config(run_dir)
@@ -360,60 +345,67 @@ def gpu_hours(who: str, terms: str, flop: float, gpus: int, peak_tflops: float, 
     return hours
 
 
-@app.command()
-def plan(
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
-    prompts: Annotated[int, typer.Option(help="Questions per step.")] = 64,
-    rollouts: Annotated[int, typer.Option(help="Episodes per question.")] = 5,
-    searches: Annotated[float, typer.Option(help="Searches per episode.")] = 1.0,
-    simulator_gpus: Annotated[int, typer.Option(help="GPUs that serve the simulator.")] = 4,
-    policy_gpus: Annotated[int, typer.Option(help="GPUs that sample and train the policy.")] = 4,
-    gpu: Annotated[str, typer.Option(help="A device of the prices.")] = "A100-80GB",
-    hours: Annotated[float | None, typer.Option(help="Length of the run, if you know it.")] = None,
-    seconds_per_step: Annotated[float | None, typer.Option(help="The same from a step that you timed.")] = None,
-    policy_params: Annotated[float, typer.Option(help="Estimate: parameters of the policy.")] = 3e9,
-    simulator_params: Annotated[float, typer.Option(help="Estimate: parameters of the simulator.")] = 14e9,
-    episode_tokens: Annotated[float, typer.Option(help="Estimate: tokens of an episode, documents included.")] = 2000,
-    search_tokens: Annotated[float, typer.Option(help="Estimate: tokens of a simulation, prompt included.")] = 1000,
-    utilisation: Annotated[float, typer.Option(help="Estimate: share of the GPU's peak that the run reaches.")] = 0.1,
-    api: Annotated[str, typer.Option(help="A search API of the prices.")] = PAPER_API,
-    prices: PricesOption = DATA / "prices.toml",
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(Settings):
+    steps: int = option(200, "Training steps.", above=0)
+    prompts: int = option(64, "Questions per step.", above=0)
+    rollouts: int = option(5, "Episodes per question.", above=0)
+    searches: float = option(1.0, "Searches per episode.", above=0)
+    simulator_gpus: int = option(4, "GPUs that serve the simulator.", above=0)
+    policy_gpus: int = option(4, "GPUs that sample and train the policy.", above=0)
+    gpu: str = option("A100-80GB", "A device of the prices.")
+    hours: float | None = option(None, "Length of the run, if you know it.", above=0)
+    seconds_per_step: float | None = option(None, "The same from a step that you timed.", above=0)
+    policy_params: float = option(3e9, "Estimate: parameters of the policy.", above=0)
+    simulator_params: float = option(14e9, "Estimate: parameters of the simulator.", above=0)
+    episode_tokens: float = option(2000, "Estimate: tokens of an episode, documents included.", above=0)
+    search_tokens: float = option(1000, "Estimate: tokens of a simulation, prompt included.", above=0)
+    utilisation: float = option(0.1, "Estimate: share of the GPU's peak that the run reaches.",
+                                above=0, high=1)
+    api: str = option(PAPER_API, "A search API of the prices.")
+    prices: Path = option(DATA / "prices.toml", "Prices of search APIs and devices, in its form.")
+
+    def check(self) -> None:
+        super().check()
+        if self.hours and self.seconds_per_step:
+            raise UserError("give --hours or --seconds-per-step, not both")
+
+
+@command(app, PlanSettings)
+def plan(s: PlanSettings) -> None:
     """What a run would cost before it starts, and from how many searches on a simulator pays.
 
-    Without --hours and --seconds-per-step the hours are estimated from FLOPs: 2 x parameters for a token generated or
-    prefilled, 6 x for a token trained. The default utilisation puts the paper's set-up near its 12 hours.
-    """
-    for name, value in locals().copy().items():
-        if isinstance(value, int | float) and not (is_amount(value) and value > 0):
-            raise CostError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if utilisation > 1:
-        raise CostError(f"--utilisation is a share of the peak, at most 1, got {utilisation}")
-    if hours and seconds_per_step:
-        raise CostError("give --hours or --seconds-per-step, not both")
-    device = price_of("device", gpu, load_prices(prices))
-    peak_tflops = device.get("bf16_tflops", 0)
-    if not (hours or seconds_per_step or (is_amount(peak_tflops) and peak_tflops > 0)):
-        raise CostError(f"no bf16_tflops for {gpu!r} to estimate from: give --hours or --seconds-per-step")
-    per_search = search_bill(1, api, load_prices(prices))
-    episodes = steps * prompts * rollouts
-    planned = episodes * searches
-    print(f"{steps} steps x {prompts} prompts x {rollouts} rollouts x {searches:g} searches = {planned:,.0f} searches")
-
-    if seconds_per_step:
-        hours = steps * seconds_per_step / 3600
-    if not hours:
-        speed = peak_tflops, utilisation
-        terms = f"{episodes:,} episodes x {episode_tokens:,.0f} tokens x (2 sample + 2 reference + 6 train)"
-        flop = episodes * episode_tokens * (2 + 2 + 6) * policy_params
-        hours = gpu_hours("policy", f"{terms} x {policy_params:.3g}", flop, policy_gpus, *speed)
-        terms = f"{planned:,.0f} searches x {search_tokens:,.0f} tokens x 2 x {simulator_params:.3g}"
-        flop = planned * search_tokens * 2 * simulator_params
-        hours += gpu_hours("simulator", terms, flop, simulator_gpus, *speed)  # a rollout waits for its documents
-    print(f"{hours:,.2f} h on {gpu} at ${device['usd_per_hour']} an hour for each GPU\n")
-
+    Without --hours and --seconds-per-step the hours are estimated from FLOPs: 2 x parameters for a
+    token generated or prefilled, 6 x for a token trained. The default utilisation puts the paper's
+    set-up near its 12 hours."""
+    prices = load_prices(s.prices)
+    device = price_of("device", s.gpu, prices)
+    per_search = search_bill(1, s.api, prices)
+    episodes = s.steps * s.prompts * s.rollouts
+    planned = episodes * s.searches
+    print(f"{s.steps} steps x {s.prompts} prompts x {s.rollouts} rollouts x {s.searches:g} searches"
+          f" = {planned:,.0f} searches")
+    hours = s.hours or (s.seconds_per_step or 0) * s.steps / 3600
+    hours = hours or estimate_hours(s, device, episodes, planned)
+    print(f"{hours:,.2f} h on {s.gpu} at ${device['usd_per_hour']} an hour for each GPU\n")
     gpu_usd = hours * device["usd_per_hour"]
-    print_bills(planned, simulator_gpus * gpu_usd, policy_gpus * gpu_usd, api, per_search)
+    print_bills(planned, s.simulator_gpus * gpu_usd, s.policy_gpus * gpu_usd, s.api, per_search)
+
+
+def estimate_hours(s: PlanSettings, device: dict, episodes: int, planned: float) -> float:
+    """Hours of a run from its FLOPs; prints the sums."""
+    peak_tflops = device.get("bf16_tflops", 0)
+    if not (is_amount(peak_tflops) and peak_tflops > 0):
+        raise UserError(f"no bf16_tflops for {s.gpu!r} to estimate from: "
+                        "give --hours or --seconds-per-step")
+    speed = peak_tflops, s.utilisation
+    terms = f"{episodes:,} episodes x {s.episode_tokens:,.0f} tokens x (2 sample + 2 reference + 6 train)"
+    flop = episodes * s.episode_tokens * (2 + 2 + 6) * s.policy_params
+    hours = gpu_hours("policy", f"{terms} x {s.policy_params:.3g}", flop, s.policy_gpus, *speed)
+    terms = f"{planned:,.0f} searches x {s.search_tokens:,.0f} tokens x 2 x {s.simulator_params:.3g}"
+    flop = planned * s.search_tokens * 2 * s.simulator_params
+    # A rollout waits for its documents: the hours add up.
+    return hours + gpu_hours("simulator", terms, flop, s.simulator_gpus, *speed)
 
 
 def print_bills(planned: float, rent: float, policy: float, api: str, per_search: float) -> None:
@@ -442,22 +434,5 @@ def print_bills(planned: float, rent: float, policy: float, api: str, per_search
     print("in proportion.")
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
-    try:
-        sys.exit(app(standalone_mode=False))
-    except CostError as error:
-        message = str(error)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # only the command line parser's own errors have it
-            raise
-        message = error.format_message()
-    print(f"costs.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_cli(app)

@@ -8,19 +8,19 @@
     report   figures and tables of training runs and evaluations, on one page
     ask      one question, live: what the model thinks, searches, reads and answers
 
-A method is a function from questions to episodes. They are the same records as in training, so that an evaluation on
-a real engine is also how trajectories are collected. `agent` is chapter 2's rollout, greedy and without noise.
+A method is a function from questions to episodes. They are the same records as in training, so that
+an evaluation on a real engine is also how trajectories are collected. `agent` is chapter 2's rollout,
+greedy and without noise.
 
 \b
     python evaluate.py run --benchmark world --model runs/demo/policy/model --out runs/demo/test-policy
     python evaluate.py compare runs/demo/test-warmup runs/demo/test-policy
     accelerate launch evaluate.py run ...          # each batch is split over the processes
 
-Exact match (em) is SQuAD's: equality after normalisation. Some published code, ZeroSearch's too, calls a substring
-match by that name; here it is cover_em, so that old figures can be compared.
+Exact match (em) is SQuAD's: equality after normalisation. Some published code, ZeroSearch's too, calls
+a substring match by that name; here it is cover_em, so that old figures can be compared.
 """
 
-import importlib
 import json
 import math
 import random
@@ -29,11 +29,9 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import typer
@@ -43,53 +41,21 @@ from rich.console import Console
 from rich.text import Text
 
 import costs
-from plumbing.cli import (
-    MODEL_OR_SERVER,
-    GeneratorOption,
-    Overwrite,
-    PromptsFile,
-    Seed,
-    TopK,
-    Url,
-    UserError,
-    console,
-    leave,
-    progress_bar,
-    run_cli,
-)
-from plumbing.engines import SearchEngine, SearchRequest, SearchResult, check_top_k
-from plumbing.files import (
-    append_jsonl,
-    check_no_run,
-    check_same_run,
-    draw_seed,
-    open_run,
-    read_jsonl,
-    read_questions,
-    write_jsonl,
-)
+from plumbing.cli import (UserError, argument, command, console, leave, make_app, markdown_table,
+                          option, print_table, progress_bar, run_cli)
+from plumbing.engines import ENGINES, SearchEngine, SearchRequest, SearchResult
+from plumbing.files import (append_jsonl, check_no_run, check_same_run, draw_seed, open_run,
+                            read_jsonl, read_questions, write_jsonl)
 from plumbing.generate import Generation, Generator, Sampling
-from plumbing.report import draw_costs, draw_em, draw_training, markdown_table, with_interval
+from plumbing.report import draw_costs, draw_em, draw_training, with_interval
 from plumbing.served import load_generator
-from plumbing.text import ROOT, Prompts, encode, fill, load_prompts, neutralize, normalize_answer, prompt_ids
-from plumbing.web import check_engine
-from sft_simulator import format_documents
-from train_rl import (
-    Episode,
-    FailedSearches,
-    RolloutSettings,
-    Turn,
-    check_failures,
-    exact_match,
-    f1_score,
-    make_engine,
-    new_episode,
-    rollout,
-    search_turn,
-)
+from plumbing.text import (ROOT, cover_em, encode, exact_match, f1_score, fill, load_prompts,
+                           neutralize, prompt_ids)
+from sft_simulator import SearchSettings, format_documents
+from train_rl import (Episode, EpisodeSettings, Setup, Turn, check_failures, new_episode, rollout,
+                      search_turn)
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-Engine = Annotated[Literal["bm25", "http", "serpapi", "simulator", "none"], typer.Option(help="Who answers searches.")]
+app = make_app(__doc__)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -122,18 +88,6 @@ def sample_questions(rows: list[dict[str, Any]], limit: int | None, seed: int) -
 
 Rows = list[dict[str, Any]]
 ANSWER_TOKENS = 32  # an answer is a few words; what goes on is wrong anyway
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every method works with."""
-
-    generator: Generator
-    tokenizer: Any
-    engine: SearchEngine | None
-    prompts: Prompts
-    settings: RolloutSettings
-    seed: int = 0
 
 
 def blank_episode(row: dict[str, Any]) -> Episode:
@@ -169,7 +123,7 @@ def conclude(episodes: list[Episode], setup: Setup, method: str) -> list[Episode
     open_ones = [e for e in episodes if e.answer is None and e.end != "failed"]
     for episode in open_ones:
         episode.end = "context"
-    open_ones = [e for e in open_ones if len(e.ids) + len(cue) + ANSWER_TOKENS <= setup.settings.context_tokens]
+    open_ones = [e for e in open_ones if len(e.ids) + len(cue) + ANSWER_TOKENS <= setup.limits.context_tokens]
     for episode in open_ones:
         episode.read(cue)
     for episode, text in zip(open_ones, write_on(open_ones, setup, ANSWER_TOKENS, stop=("\n",)), strict=True):
@@ -182,7 +136,7 @@ def agent(rows: Rows, setup: Setup) -> list[Episode]:
     """The policy under its own template. Without an engine it is R1; one trained on a real engine is Search-R1."""
     search = setup.engine is not None
     episodes = [new_episode(row, 0, setup.tokenizer, setup.prompts, search) for row in rows]
-    rollout(episodes, setup.generator, setup.tokenizer, setup.engine, setup.prompts, setup.settings, seed=setup.seed)
+    rollout(episodes, setup)
     return episodes
 
 
@@ -194,7 +148,7 @@ def direct(rows: Rows, setup: Setup) -> list[Episode]:
 def cot(rows: Rows, setup: Setup) -> list[Episode]:
     """Reasoning first, then the answer: zero-shot chain of thought in two stages (Kojima et al. 2022)."""
     episodes = [read_prompt(blank_episode(row), setup, "cot") for row in rows]
-    for episode, text in zip(episodes, write_on(episodes, setup, setup.settings.tokens_per_turn), strict=True):
+    for episode, text in zip(episodes, write_on(episodes, setup, setup.limits.tokens_per_turn), strict=True):
         episode.turns.append(Turn(text, "invalid"))
     return conclude(episodes, setup, "cot")
 
@@ -204,7 +158,7 @@ def rag(rows: Rows, setup: Setup) -> list[Episode]:
     episodes = [blank_episode(row) for row in rows]
     for episode in episodes:
         episode.turns.append(Turn("", "search", episode.question, "useful"))
-    search_turn(episodes, setup.engine, setup.tokenizer, setup.settings, setup.seed, 0)
+    search_turn(episodes, setup)
     for episode in episodes:
         documents = setup.tokenizer.decode(episode.ids).strip()  # as read: made safe, and cut if too long
         episode.ids, episode.mask, episode.logprobs = [], [], []
@@ -218,10 +172,10 @@ REACT_ACTION = re.compile(r"(Search|Finish)\[(.*?)\]", re.DOTALL)
 def ra_agent(rows: Rows, setup: Setup) -> list[Episode]:
     """ReAct (Yao et al. 2023): thought, action and observation by turns; asked for the answer when searches run out."""
     active = episodes = [read_prompt(blank_episode(row), setup, "ra_agent") for row in rows]
-    for _ in range(setup.settings.max_searches):
+    for _ in range(setup.limits.max_searches):
         for episode in active:
             episode.read(encode(setup.tokenizer, "\nThought:"))
-        for episode, text in zip(active, write_on(active, setup, setup.settings.tokens_per_turn, ("]",)), strict=True):
+        for episode, text in zip(active, write_on(active, setup, setup.limits.tokens_per_turn, ("]",)), strict=True):
             match = REACT_ACTION.search(text)
             episode.turns.append(Turn(text, "invalid"))
             if match and match[2].strip() and match[1] == "Finish":
@@ -230,8 +184,8 @@ def ra_agent(rows: Rows, setup: Setup) -> list[Episode]:
                 episode.turns[-1] = Turn(text, "search", match[2].strip(), "useful")
                 episode.read(encode(setup.tokenizer, "\nObservation:"))
         searching = [e for e in active if e.turns[-1].action == "search"]
-        search_turn(searching, setup.engine, setup.tokenizer, setup.settings, setup.seed, 0)
-        room = setup.settings.context_tokens - setup.settings.tokens_per_turn - ANSWER_TOKENS
+        search_turn(searching, setup)
+        room = setup.limits.context_tokens - setup.limits.tokens_per_turn - ANSWER_TOKENS
         active = [e for e in active if e.end is None and len(e.ids) < room]
     return conclude(episodes, setup, "ra_agent")
 
@@ -253,13 +207,13 @@ class Condenser:
             safe = [neutralize(text, setup.tokenizer) for text in (request.question, request.query, *result.documents)]
             values = {"question": safe[0], "query": safe[1], "documents": format_documents(safe[2:])}
             prompts.append(prompt_ids(setup.tokenizer, fill(wording["condense_system"]),
-                                      fill(wording["condense_user"], **values)))  # fmt: skip
-        sampling = Sampling(setup.settings.tokens_per_turn, temperature=0.0)
+                                      fill(wording["condense_user"], **values)))
+        sampling = Sampling(setup.limits.tokens_per_turn, temperature=0.0)
         digests = setup.generator.generate(prompts, sampling, [setup.seed] * len(prompts))
         texts = [setup.tokenizer.decode(digest.ids, skip_special_tokens=True).strip() for digest in digests]
         return [SearchResult([text], result.well_formed, result.prompt_tokens + len(prompt),
                              result.completion_tokens + len(digest.ids), result.error)
-                for text, result, prompt, digest in zip(texts, results, prompts, digests, strict=True)]  # fmt: skip
+                for text, result, prompt, digest in zip(texts, results, prompts, digests, strict=True)]
 
 
 def search_o1(rows: Rows, setup: Setup) -> list[Episode]:
@@ -270,7 +224,7 @@ def search_o1(rows: Rows, setup: Setup) -> list[Episode]:
     prompts = setup.prompts | {"policy": setup.prompts["policy"] | setup.prompts["search_o1"]}
     engine = Condenser(setup)
     episodes = [new_episode(row, 0, setup.tokenizer, prompts) for row in rows]
-    rollout(episodes, setup.generator, setup.tokenizer, engine, prompts, setup.settings, seed=setup.seed)
+    rollout(episodes, replace(setup, engine=engine, prompts=prompts))
     for episode in episodes:
         for turn in episode.turns:
             if turn.documents:
@@ -287,21 +241,12 @@ METHODS: dict[str, Callable[[Rows, Setup], list[Episode]]] = {
     "search-o1": search_o1,
 }
 WITHOUT_SEARCH = ("direct", "cot")
-SIMULATOR = {"simulator_words": 25, "simulator_temperature": 0.8, "simulator_max_tokens": 600}  # as in training
 
 
 # ---------------------------------------------------------------- metrics
 
 RESAMPLES = 10_000
 Summary = dict[str, dict[str, float]]  # metric -> mean, low, high
-
-
-def cover_em(answer: str | None, golden_answers: list[str]) -> float:
-    """1 if a normalised golden answer is a substring of the normalised answer: what ZeroSearch's code calls EM.
-
-    A golden answer of which normalisation leaves nothing never matches; as a substring it always would."""
-    given = normalize_answer(answer or "")
-    return float(any(gold in given for gold in map(normalize_answer, golden_answers) if gold))
 
 
 def answer_scores(answer: str | None, golden_answers: list[str]) -> dict[str, float]:
@@ -355,132 +300,81 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return float((1 + np.sum(np.abs(np.concatenate(sums)) >= observed)) / (1 + RESAMPLES))
 
 
-@cache
-def hugging_face_evaluate() -> ModuleType:
-    """The package `evaluate`, whose name this script has: the import looks past this folder and this module.
-
-    The name still means this module afterwards, wherever it did before."""
-    ours = sys.modules.pop("evaluate", None)
-    if hasattr(ours, "__path__"):  # someone found the package already
-        sys.modules["evaluate"] = ours
-        return ours
-    path = sys.path.copy()
-    sys.path[:] = [entry for entry in path if Path(entry).resolve() != ROOT]
-    try:
-        return importlib.import_module("evaluate")
-    finally:
-        sys.path[:] = path
-        if ours is not None:
-            sys.modules["evaluate"] = ours
-
-
-def answer_metric(**options: Any):
-    """EM, F1 and cover-EM, in percent, as a Metric of the package `evaluate`: compute, add_batch, combine, save.
-
-    Predictions are texts, references lists of accepted texts. Options are evaluate.Metric's own."""
-    from datasets import Features, List, Value
-
-    package = hugging_face_evaluate()
-
-    class AnswerMatch(package.Metric):
-        def _info(self):
-            return package.MetricInfo(
-                description="SQuAD's exact match and F1, and substring match, against the best of several answers.",
-                citation="arXiv:2505.04588",
-                inputs_description="predictions: list of str; references: list of lists of str",
-                features=Features({"predictions": Value("string"), "references": List(Value("string"))}),
-            )
-
-        def _compute(self, predictions, references):
-            rows = [answer_scores(answer, golds) for answer, golds in zip(predictions, references, strict=True)]
-            return {name: 100 * math.fsum(row[name] for row in rows) / len(rows) for name in COMPARED}
-
-    return AnswerMatch(**options)
-
-
 # ---------------------------------------------------------------- run
 
 
-@app.command()
-def run(
-    model: Annotated[str, typer.Option(help='"smollm2" (embedded), a Hub id or a folder.')],
-    out: Annotated[Path, typer.Option(help="Run folder.")],
-    method: Annotated[Literal[tuple(METHODS)], typer.Option(help="How the model is put to the question.")] = "agent",
-    benchmark: Annotated[str | None, typer.Option(help=f"{', '.join(BENCHMARKS)} or world.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Or a JSONL file with id, question, golden_answers.")] = None,
-    engine: Engine = "bm25",
-    corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
-    simulator: Annotated[str | None, typer.Option(help=f"simulator: {MODEL_OR_SERVER}.")] = None,
-    url: Url = None,
-    failed_searches: FailedSearches = 0,
-    limit: Annotated[int | None, typer.Option(help="A random sample of so many questions, drawn with --seed.")] = None,
-    top_k: TopK = 3,
-    max_searches: Annotated[int, typer.Option(help="Searches a question may take.")] = 5,
-    tokens_per_turn: int = 500,
-    context_tokens: int = 4096,
-    observation_tokens: Annotated[int, typer.Option(help="Documents of one search are cut to this.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time, over all processes.")] = 64,
-    generator: GeneratorOption = "auto",
-    prompts: PromptsFile = None,
-    seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that OUT holds.")] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Answer a benchmark's questions, greedily, and score the answers."""
-    if method in WITHOUT_SEARCH:
-        engine = "none"
-    s = SimpleNamespace(**locals(), **SIMULATOR)
-    check_settings(s)
-    rows = sample_questions(read_questions(data or benchmark_file(benchmark)), limit, seed)
-    if len({str(row["id"]) for row in rows}) < len(rows):
-        raise UserError(f"{data or benchmark}: an id occurs twice")
-    state, wording = PartialState(), load_prompts(prompts)
-    if resume:
-        check_same_run(out, vars(s), free=("failed_searches",))
-    elif state.is_main_process:
-        check_no_run(out, overwrite)
-    # First the generator: vLLM, when it starts, trips over modules that the real engine's package imports.
-    generates = load_generator(model, state.device, generator)
-    searcher = make_engine(s, wording, state.device)
-    if not resume and state.is_main_process:  # only now: what can't work must not cost an old run its folder
-        open_run(out, vars(s), overwrite)
-    console.print(f"generation: {generates.name}")
-    predictions = out / "predictions.jsonl"
-    records = whole_batches(predictions, rows, batch_size) if resume else []
-    if resume and state.is_main_process:
-        write_jsonl(predictions, records)
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(SearchSettings, EpisodeSettings):
+    """Options of `run`."""
 
-    limits = RolloutSettings(max_searches, tokens_per_turn, context_tokens, observation_tokens, temperature=0.0)
-    setup = Setup(generates, generates.tokenizer, searcher, wording, limits, seed)
+    temperature: ClassVar[float] = 0.0  # greedy
+
+    model: str = option(help='"smollm2" (embedded), a Hub id or a folder.')
+    out: Path = option(help="Run folder.")
+    method: str = option("agent", "How the model is put to the question.", choices=METHODS)
+    benchmark: str | None = option(None, f"{', '.join(BENCHMARKS)} or world.")
+    data: Path | None = option(None, "Or a JSONL file with id, question, golden_answers.")
+    failed_searches: int = option(0, "Searches that may fail for good; their questions are left out.",
+                                  low=0, resumable=True)
+    limit: int | None = option(None, "A random sample of so many questions, drawn with --seed.", low=1)
+    batch_size: int = option(64, "Questions at a time, over all processes.", low=1)
+    resume: bool = option(False, "Go on with the run that OUT holds.", resumable=True)
+    overwrite: bool = option(False, "Replace the run that --out holds.", resumable=True)
+
+    def check(self) -> None:
+        super().check()
+        if (self.data is None) == (self.benchmark is None):
+            raise UserError("name the questions: --benchmark NAME or --data FILE")
+        if self.engine == "none" and self.method not in (*WITHOUT_SEARCH, "agent"):
+            raise UserError(f"--method {self.method} searches: --engine none can't serve it")
+
+
+@command(app, RunSettings)
+def run(s: RunSettings) -> None:
+    """Answer a benchmark's questions, greedily, and score the answers."""
+    if s.method in WITHOUT_SEARCH:
+        s = replace(s, engine="none")
+    rows = sample_questions(read_questions(s.data or benchmark_file(s.benchmark)), s.limit, s.seed)
+    if len({str(row["id"]) for row in rows}) < len(rows):
+        raise UserError(f"{s.data or s.benchmark}: an id occurs twice")
+    state, setup = PartialState(), load_setup(s)
+    console.print(f"generation: {setup.generator.name}")
+    predictions = s.out / "predictions.jsonl"
+    records = whole_batches(predictions, rows, s.batch_size) if s.resume else []
+    if s.resume and state.is_main_process:
+        write_jsonl(predictions, records)
     with progress_bar() as bar:
-        task = bar.add_task(method, total=len(rows), completed=len(records), info="")
-        for start in range(len(records), len(rows), batch_size):
-            batch = answer_batch(rows[start : start + batch_size], METHODS[method], setup, state)
-            check_failures([record.get("error") for record in records + batch], 0, failed_searches)
+        task = bar.add_task(s.method, total=len(rows), completed=len(records), info="")
+        for start in range(len(records), len(rows), s.batch_size):
+            batch = answer_batch(rows[start : start + s.batch_size], METHODS[s.method], setup, state)
+            errors = [record.get("error") for record in records + batch]
+            check_failures(errors, 0, s.failed_searches)
             if state.is_main_process:
                 append_jsonl(predictions, batch)
             records += batch
-            so_far = 100 * np.mean([record["scores"]["em"] for record in records if record["end"] != "failed"])
-            bar.update(task, completed=len(records), info=f"EM {so_far:.1f} %")
+            matched = [record["scores"]["em"] for record in records if record["end"] != "failed"]
+            bar.update(task, completed=len(records), info=f"EM {100 * np.mean(matched):.1f} %")
     if state.is_main_process:
         results = run_results(records, s)
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        show_summary(f"{results['benchmark']}, {method}, {model}: {len(records)} questions", results["metrics"])
+        text = json.dumps(results, indent=1) + "\n"
+        (s.out / "results.json").write_text(text, encoding="utf-8")
+        title = f"{results['benchmark']}, {s.method}, {s.model}: {len(records)} questions"
+        show_summary(title, results["metrics"])
     leave(state)
 
 
-def check_settings(s: SimpleNamespace) -> None:
-    """Refuse what can't work before anything is loaded."""
-    check_top_k(s.top_k)
-    if (s.data is None) == (s.benchmark is None):
-        raise UserError("name the questions: --benchmark NAME or --data FILE")
-    if s.engine == "none" and s.method not in (*WITHOUT_SEARCH, "agent"):
-        raise UserError(f"--method {s.method} searches: --engine none can't serve it")
-    check_engine(s.engine, s.simulator, s.url)
-    if s.batch_size < 1 or (s.limit is not None and s.limit < 1):
-        raise UserError("--batch-size and --limit must be at least 1")
-    if s.max_searches < 0 or s.tokens_per_turn < 1 or s.context_tokens <= s.tokens_per_turn:
-        raise UserError("--max-searches must be at least 0, and --context-tokens hold more than --tokens-per-turn")
+def load_setup(s: RunSettings) -> Setup:
+    """Load what the run needs, then open its folder: what can't work must not cost an old run."""
+    main, prompts = PartialState().is_main_process, load_prompts(s.prompts)
+    if s.resume:
+        check_same_run(s.out, s)
+    elif main:
+        check_no_run(s.out, s.overwrite)
+    # First the generator: vLLM, when it starts, trips over modules that bm25s imports.
+    setup = Setup(load_generator(s.model, s.generator), ENGINES[s.engine].make(s), prompts, s, s.seed)
+    if not s.resume and main:
+        open_run(s.out, s.record(), s.overwrite)
+    return setup
 
 
 def whole_batches(predictions: Path, rows: Rows, batch_size: int) -> list[dict[str, Any]]:
@@ -510,7 +404,7 @@ def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState
     return [record | {"tokens": sum(record["mask"]), "seconds": seconds} for record in ordered]
 
 
-def run_results(records: list[dict[str, Any]], s: SimpleNamespace) -> dict[str, Any]:
+def run_results(records: list[dict[str, Any]], s: RunSettings) -> dict[str, Any]:
     """What results.json holds: all of it from the records, so that a resumed run ends with the same figures."""
     failed = sum(r["end"] == "failed" for r in records)
     records = [r for r in records if r["end"] != "failed"]
@@ -529,27 +423,14 @@ def run_results(records: list[dict[str, Any]], s: SimpleNamespace) -> dict[str, 
         "metrics": summarize(rows),
         "by_hops": {str(hops): {"n": len(part)} | summarize(part) for hops, part in sorted(by_hops.items())},
         "seconds": math.fsum(record["seconds"] for record in records),
-        "lineage": lineage(s.model),
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(s).items()},
+        "settings": s.record(),
     }
-
-
-def lineage(model: str) -> list[dict[str, Any]]:
-    """Settings of the training runs a local model came from, the last first; [] for any other model."""
-    runs: list[dict[str, Any]] = []
-    while (config := Path(model).parent / "config.json").is_file() and len(runs) < 10:
-        settings = json.loads(config.read_text(encoding="utf-8")).get("settings", {})
-        if not settings.get("model"):
-            break
-        runs.append(settings)
-        model = settings["model"]
-    return runs
 
 
 def show_summary(title: str, metrics: Summary) -> None:
     rows = [[name + ", %" * (name in PERCENT), f"{m['mean']:.2f}", f"{m['low']:.2f} to {m['high']:.2f}"]
-            for name, m in metrics.items()]  # fmt: skip
-    costs.print_table(title, ["", "mean", "95 % interval"], rows)
+            for name, m in metrics.items()]
+    print_table(title, ["", "mean", "95 % interval"], rows)
 
 
 # ---------------------------------------------------------------- score, compare
@@ -604,7 +485,7 @@ def paired_difference(a: Path, b: Path) -> dict[str, Any]:
     for name, d in summarize(differences).items():
         means = [math.fsum(row[name] for row in of.values()) / len(of) for of in scores]
         result[name] = {"a": means[0], "b": means[1], "difference": d["mean"], "low": d["low"], "high": d["high"],
-                        "p": sign_flip_p(np.array([row[name] for row in differences]))}  # fmt: skip
+                        "p": sign_flip_p(np.array([row[name] for row in differences]))}
     return result
 
 
@@ -619,9 +500,9 @@ def compare(
     if as_json:
         return print(json.dumps(result))
     rows = [[name, f"{d['a']:.2f}", f"{d['b']:.2f}", f"{d['difference']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}",
-             f"{d['p']:.4f}"] for name in COMPARED for d in [result[name]]]  # fmt: skip
+             f"{d['p']:.4f}"] for name in COMPARED for d in [result[name]]]
     title = f"A: {a}\nB: {b}\n{result['n']} questions, in percent"
-    costs.print_table(title, ["", "A", "B", "B - A", "95 % interval", "p"], rows)
+    print_table(title, ["", "A", "B", "B - A", "95 % interval", "p"], rows)
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:
@@ -638,102 +519,86 @@ def read_results(run_dir: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- table
 
-PaperTable = Literal["table3", "table4", "table5", "table6", "table7"]
-PROMPTED = {"direct": "Direct Answer", "cot": "CoT", "rag": "RAG", "ra-agent": "RA-Agent", "search-o1": "Search-o1"}
+PROMPTED = {"direct": "Direct Answer", "cot": "CoT", "rag": "RAG", "ra-agent": "RA-Agent",
+            "search-o1": "Search-o1"}  # rows of table 3
 
 
 @app.command()
 def table(
-    runs: Annotated[list[Path], typer.Argument(help="Evaluation folders; those of one model and method form a row.")],
-    paper: Annotated[PaperTable, typer.Option(help="Which of the paper's tables to stand beside.")] = "table3",
-    paper_model: Annotated[str | None, typer.Option(help="Its model, where yours has another name or size.")] = None,
+    runs: Annotated[list[Path], typer.Argument(
+        help="Evaluation folders; those of one model and method form a row.")],
+    paper_row: Annotated[str | None, typer.Option(
+        help="The paper's row to stand beside, such as table3/Qwen-2.5-3B/ZeroSearch-inst.")] = None,
+    paper_model: Annotated[str | None, typer.Option(
+        help="Or its model: prompted methods then stand beside their rows of table 3.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Exact match beside the paper's row for the same method and size, and the difference.
+    """Exact match beside a row of the paper's tables, and the difference.
 
-    +- is half of our 95 % interval; the paper's figure is taken as it stands (each is from about 500 questions)."""
-    published = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))
+    +- is half of our 95 % interval; the paper's figure is taken as it stands."""
     groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for results in map(read_results, runs):
         group = groups.setdefault((results["method"], results["model"]), {})
         if results["benchmark"] in group:
-            raise UserError(f"two runs of {results['method']} with {results['model']} on {results['benchmark']}")
+            raise UserError(f"two runs of {results['method']} with {results['model']} "
+                            f"on {results['benchmark']}")
         group[results["benchmark"]] = results
     known = {name for group in groups.values() for name in group}
-    columns = [name for name in BENCHMARKS if name in known] + sorted(known.difference(BENCHMARKS)) + ["avg"]
+    own = sorted(known.difference(BENCHMARKS))
+    columns = [name for name in BENCHMARKS if name in known] + own + ["avg"]
     rows = []
     for (method, model), group in groups.items():
-        label, theirs = paper_row(published, paper, next(iter(group.values())), paper_model)
-        ours = {name: (r["metrics"]["em"]["mean"], (r["metrics"]["em"]["high"] - r["metrics"]["em"]["low"]) / 2)
-                for name, r in group.items()}  # fmt: skip
-        if ours.keys() >= set(BENCHMARKS):  # the mean of seven independent figures
-            means, halves = zip(*(ours[name] for name in BENCHMARKS))
-            ours["avg"] = (math.fsum(means) / 7, math.hypot(*halves) / 7)
+        label, theirs = published_row(paper_model, paper_row, method)
+        ours = exact_matches(group)
         cells = {
             f"{method}, {model}": {c: f"{mean:.1f} ±{half:.1f}" for c, (mean, half) in ours.items()},
             f"  paper: {label}": {c: f"{value:.1f}" for c, value in theirs.items()},
-            "  difference": {c: f"{ours[c][0] - theirs[c]:+.1f} ±{ours[c][1]:.1f}" for c in ours if c in theirs},
+            "  difference": {c: f"{ours[c][0] - theirs[c]:+.1f} ±{ours[c][1]:.1f}"
+                             for c in ours if c in theirs},
         }
         rows += [[name, *(row.get(c, "-") for c in columns)] for name, row in cells.items()]
     if markdown:
-        print(markdown_table([f"EM, %, {paper}", *columns], rows))
+        print(markdown_table(["EM, %", *columns], rows))
     else:
-        costs.print_table(f"Exact match, %, beside the paper's {paper}", ["", *columns], rows)
+        print_table("Exact match, %, beside the paper", ["", *columns], rows)
 
 
-def squash(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+def exact_matches(group: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean and half interval of EM by benchmark; "avg" where all seven are there."""
+    found = {}
+    for name, results in group.items():
+        em = results["metrics"]["em"]
+        found[name] = (em["mean"], (em["high"] - em["low"]) / 2)
+    if found.keys() >= set(BENCHMARKS):  # the mean of seven independent figures
+        means, halves = zip(*(found[name] for name in BENCHMARKS))
+        found["avg"] = (math.fsum(means) / 7, math.hypot(*halves) / 7)
+    return found
 
 
-def paper_row(published: dict, paper: str, results: dict[str, Any], paper_model: str | None) -> tuple[str, dict]:
-    """The paper's row for a run, by method and by how its model was trained: name, figures by benchmark or {}."""
-    models, runs = list(published["table3_main"]), results.get("lineage", [])
-    trained = next((settings for settings in runs if "algorithm" in settings), None)
-    start = runs[-1]["model"] if runs else results["model"]
-    if paper_model is not None and paper_model not in models:
-        raise UserError(f"the paper has no model {paper_model!r}; it has {', '.join(models)}")
-    model = paper_model or next((name for name in models if squash(name) in squash(start)), None)
-    if model is None:
-        return f"none of the size of {start}", {}
-    base, learnt = f"{model}-Base", trained or {}
-    entry = next(entry for name, entry in published.items() if name.startswith(paper))
-    if paper == "table3":
-        rows, row = entry[model], PROMPTED.get(results["method"]) or trained_row(trained, start)
-    elif results["method"] != "agent" or entry.get("policy", base) != base:
-        rows, row = {}, "none"
-    elif paper == "table4":
-        rows, row = entry["rows"], simulator_row(trained)
-    elif paper == "table5":
-        rows, row = entry["avg"], learnt.get("algorithm", "untrained").upper()
-    elif paper == "table6":
-        rows, row = entry["avg"].get(base, {}), "random" if learnt.get("curriculum") == "random" else "curriculum"
-    else:
-        rows, row = entry["avg"], "with_masking" if learnt.get("mask_documents") else "without_masking"
-    figures = rows.get(row, {})
-    return f"{model}, {row}", figures if isinstance(figures, dict) else {"avg": figures}
+def paper_rows() -> dict[str, dict[str, float]]:
+    """Rows of the paper's tables 3 to 7: "table3/Qwen-2.5-3B/RAG" -> EM in percent by benchmark."""
+    published = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))
+    rows = {f"table3/{model}/{row}": figures for model, rows in published["table3_main"].items()
+            for row, figures in rows.items()}
+    rows |= {f"table4/{row}": figures
+             for row, figures in published["table4_simulators"]["rows"].items()}
+    for name, averages in (("table5", published["table5_algorithms"]["avg"]),
+                           ("table7", published["table7_loss_masking"]["avg"]),
+                           *((f"table6/{model.removesuffix('-Base')}", found)
+                             for model, found in published["table6_curriculum"]["avg"].items())):
+        rows |= {f"{name}/{row}": {"avg": average} for row, average in averages.items()}
+    return rows
 
 
-def trained_row(trained: dict[str, Any] | None, start: str) -> str:
-    """The name table 3 gives a policy: how it was trained, here or by its own name, and from which variant."""
-    engine = trained["engine"] if trained else "simulator" if "zerosearch" in squash(start) else "bm25"
-    kind = {"simulator": "ZeroSearch", "none": "R1"}.get(engine, "Search-R1")
-    if trained is None and "zerosearch" not in squash(start) and "searchr1" not in squash(start):
-        return "untrained"
-    instruct = "instruct" if kind == "R1" else "inst"
-    return f"{kind}-{instruct if re.search('instruct|-it', start.lower()) else 'base'}"
-
-
-def simulator_row(trained: dict[str, Any] | None) -> str:
-    """The name table 4 gives a policy: by the engine it was trained on."""
-    if trained is None:
-        return "Base Model"
-    if trained["engine"] != "simulator":
-        return "Google"
-    runs = lineage(trained["simulator"])
-    start = runs[-1]["model"] if runs else trained["simulator"]
-    tuned = runs or "simulation" in start.lower()  # as the released ones are named
-    size = re.search(r"(\d+)b(?![a-z0-9])", start.lower())
-    return f"{'SFT' if tuned else 'Prompt'}-{size[1] if size else '?'}B"
+def published_row(model: str | None, row: str | None, method: str) -> tuple[str, dict[str, float]]:
+    """Name and figures of the row that is asked for, else of a prompted method; else none."""
+    rows = paper_rows()
+    if row is None and (model is None or method not in PROMPTED):
+        return "no row named", {}
+    row = row or f"table3/{model}/{PROMPTED[method]}"
+    if row not in rows:
+        raise UserError(f"the paper has no row {row}; it has {', '.join(rows)}")
+    return row, rows[row]
 
 
 # ---------------------------------------------------------------- report
@@ -747,7 +612,7 @@ def report(
     """Put runs on one page, from their metrics.jsonl and results.json."""
     names = run_names(runs)
     stages = {name: read_jsonl(run / "metrics.jsonl", ("step",)) for name, run in names.items()
-              if (run / "metrics.jsonl").exists()}  # fmt: skip
+              if (run / "metrics.jsonl").exists()}
     evaluations = {name: read_results(run) for name, run in names.items() if (run / "results.json").exists()}
     if unknown := [str(run) for name, run in names.items() if name not in stages and name not in evaluations]:
         raise UserError(f"neither metrics.jsonl nor results.json in {', '.join(unknown)}")
@@ -775,13 +640,13 @@ def evaluation_section(evaluations: dict[str, dict], names: dict[str, Path], out
     header = ["run", "benchmark", "method", "engine", "n", "EM, %", "F1, %", "cover-EM, %", "searches a question"]
     rows = [[name, r["benchmark"], r["method"], r["engine"], str(r["n"]), *(with_interval(r["metrics"][metric])
              for metric in COMPARED), with_interval(r["metrics"]["searches"], 2)]
-            for name, r in evaluations.items()]  # fmt: skip
+            for name, r in evaluations.items()]
     parts = ["## Test", "Greedy answers against the golden ones; in brackets the 95 % bootstrap interval.",
-             markdown_table(header, rows, text_columns=4)]  # fmt: skip
+             markdown_table(header, rows, text_columns=4)]
     if hops := sorted({hop for r in evaluations.values() for hop in r.get("by_hops", {})}):
         parted = {name: r["by_hops"] for name, r in evaluations.items() if r.get("by_hops")}
         rows = [[name, *(with_interval(by_hops[hop]["em"]) if hop in by_hops else "-" for hop in hops)]
-                for name, by_hops in parted.items()]  # fmt: skip
+                for name, by_hops in parted.items()]
         parts.append(markdown_table(["EM, %, by number of hops", *hops], rows))
     agents = [name for name, r in evaluations.items() if r["method"] == "agent"]
     if len(agents) == 2:
@@ -800,7 +665,7 @@ def difference_sentence(a: str, b: str, names: dict[str, Path]) -> str:
     verdict = "above 0" if em["low"] > 0 else "below 0" if em["high"] < 0 else "it holds 0"
     return (f"The same {result['n']} questions, **{b}** minus **{a}**: EM {em['difference']:+.1f} points (95 % "
             f"interval {em['low']:+.1f} to {em['high']:+.1f}: {verdict}; p = {em['p']:.4f}), "
-            f"F1 {f1['difference']:+.1f} ({f1['low']:+.1f} to {f1['high']:+.1f}).")  # fmt: skip
+            f"F1 {f1['difference']:+.1f} ({f1['low']:+.1f} to {f1['high']:+.1f}).")
 
 
 def training_section(trainings: dict[str, list[dict]], out: Path) -> list[str]:
@@ -814,7 +679,7 @@ def training_section(trainings: dict[str, list[dict]], out: Path) -> list[str]:
     draw_training(trainings, out / "training.png")
     return ["## Training", "From the mean over the first tenth of the steps to that over the last.",
             markdown_table(["run", "steps", "reward", "searches an episode", "noise p"], rows),
-            "![Reward, searches and noise over steps](training.png)"]  # fmt: skip
+            "![Reward, searches and noise over steps](training.png)"]
 
 
 def cost_section(runs: dict[str, Path], out: Path) -> list[str]:
@@ -822,18 +687,18 @@ def cost_section(runs: dict[str, Path], out: Path) -> list[str]:
     for name, run_dir in runs.items():
         try:
             bills[name] = costs.run_cost(run_dir)
-        except costs.CostError as error:
+        except UserError as error:
             notes.append(f"No cost for {name}: {error}.")
     if bills:
         header = ["run", "searches", *BILL, "device"]
         rows = [[name, f"{bill['searches']:,.0f}", *(costs.dollars(part(bill)) for part in BILL.values()),
-                 f"{bill['devices']} x {bill['device']}"] for name, bill in bills.items()]  # fmt: skip
+                 f"{bill['devices']} x {bill['device']}"] for name, bill in bills.items()]
         bars = {name: {kind: (part(bill), costs.dollars(part(bill))) for kind, part in BILL.items()}
                 for name, bill in bills.items()}
         draw_costs(bars, out / "costs.png")
         notes = [markdown_table(header, rows), *notes, "![Cost](costs.png)"]
     return ["## Cost", "What the searches would have cost at an API, and what the run cost, at the prices of "
-            "data/prices.toml.", *notes]  # fmt: skip
+            "data/prices.toml.", *notes]
 
 
 BILL: dict[str, Callable[[dict], float]] = {
@@ -852,7 +717,7 @@ def time_section(stages: dict[str, list[dict]], evaluations: dict[str, dict], wr
     seconds |= {name: r.get("seconds", math.nan) for name, r in evaluations.items()}
     rows = [[name, costs.number(s)] for name, s in seconds.items()]
     return ["## Time", "Spent in training steps and in answering; loading is not counted.",
-            markdown_table(["run", "seconds"], rows)]  # fmt: skip
+            markdown_table(["run", "seconds"], rows)]
 
 
 # ---------------------------------------------------------------- ask
@@ -885,28 +750,22 @@ class Aloud:
         return results
 
 
-@app.command()
-def ask(
-    question: str,
-    model: Annotated[str, typer.Option(help='"smollm2" (embedded), a Hub id or a folder.')],
-    engine: Engine = "bm25",
-    corpus: Annotated[Path, typer.Option(help="bm25: a JSONL corpus.")] = ROOT / "data/world/passages.jsonl",
-    simulator: Annotated[str | None, typer.Option(help=f"simulator: {MODEL_OR_SERVER}.")] = None,
-    url: Url = None,
-    top_k: TopK = 3,
-    generator: GeneratorOption = "auto",
-    prompts: PromptsFile = None,
-    seed: Seed = 0,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class AskSettings(SearchSettings, EpisodeSettings):
+    temperature: ClassVar[float] = 0.0  # greedy
+
+    question: str = argument("What to ask.")
+    model: str = option(help='"smollm2" (embedded), a Hub id or a folder.')
+
+
+@command(app, AskSettings)
+def ask(s: AskSettings) -> None:
     """Watch the agent answer one question: thoughts dim, searches blue, documents yellow, the answer green."""
-    check_engine(engine, simulator, url)
-    s = SimpleNamespace(engine=engine, corpus=corpus, simulator=simulator, url=url, top_k=top_k, generator=generator,
-                        **SIMULATOR)  # fmt: skip
-    wording, generates = load_prompts(prompts), load_generator(model, engine=generator)
-    aloud = Aloud(generates, make_engine(s, wording, None), generates.tokenizer)
-    searcher = aloud if engine != "none" else None
-    setup = Setup(aloud, generates.tokenizer, searcher, wording, RolloutSettings(temperature=0.0), seed)
-    (episode,) = agent([{"id": "ask", "question": question, "golden_answers": []}], setup)
+    generator = load_generator(s.model, s.generator)
+    aloud = Aloud(generator, ENGINES[s.engine].make(s), generator.tokenizer)
+    engine = aloud if aloud.engine else None
+    setup = Setup(aloud, engine, load_prompts(s.prompts), s, s.seed)
+    (episode,) = agent([{"id": "ask", "question": s.question, "golden_answers": []}], setup)
     Console().print(Text(f"\n{episode.answer or 'no answer'}", style="bold"), Text(f"({episode.searches} searches)"))
 
 

@@ -7,15 +7,90 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import typer
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from plumbing.cli import UserError, console, first_line
-from plumbing.files import check_same_run, write_jsonl
+from plumbing.cli import Settings, UserError, console, first_line, leave
+from plumbing.files import check_same_run, read_jsonl, write_jsonl
+
+
+def check_tracker(name: str | None) -> None:
+    """Raises UserError if Accelerate has no such tracker, or its package is not installed."""
+    if name is not None and name not in LOGGER_TYPE_TO_CLASS:
+        raise UserError(f"--logger {name}: Accelerate knows {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+    if name is not None and name not in map(str, get_available_trackers()):
+        raise UserError(f"--logger {name} needs a package that is not installed: pip install {name}")
+
+
+class Checkpoints:
+    """A run's checkpoints, and its answer to SIGTERM and SIGINT: the whole steps are saved, and the process ends."""
+
+    def __init__(self, accelerator: Accelerator, out: Path, every: int):
+        self.accelerator, self.out, self.every, self.done = accelerator, out, every, 0
+
+    def go_on(self, step: int) -> list[dict[str, Any]]:
+        """Load the checkpoint of so many steps; returns the lines of metrics up to there."""
+        if step:
+            load_checkpoint(self.accelerator, self.out, step)
+        if self.accelerator.is_main_process:
+            set_lines_aside(self.out, step)
+        self.accelerator.wait_for_everyone()
+        return read_jsonl(self.out / "metrics.jsonl") if step else []
+
+    @contextmanager
+    def stoppable(self, start: int) -> Iterator[None]:
+        """Around the loop over steps, `start` of which are done: what a signal ends is saved, and can go on."""
+        self.done, self.signals = start, Signals()
+        try:
+            yield
+        except KeyboardInterrupt:  # raised by `signals` alone, while the weights are those of whole steps
+            save_checkpoint(self.accelerator, self.out, self.done)
+            if self.accelerator.is_main_process:
+                launched = self.accelerator.num_processes > 1
+                options = " (with the launcher's own options, if it had any)" * launched
+                console.print(f"stopped after {self.done} steps, which are saved; to go on{options}:")
+                print(resume_command(self.accelerator.num_processes), file=sys.stderr)
+            self._finish(128 + self.signals.number)
+            raise typer.Exit(128 + self.signals.number) from None
+
+    @contextmanager
+    def droppable(self) -> Iterator[None]:
+        """Around work that a signal may end at once. All ranks then drop the step."""
+        with suppress(KeyboardInterrupt):  # it ends this rank's work; `agree` tells the others
+            self.signals.allow(True)
+            yield
+            self.signals.allow(False)
+        self.signals.agree()
+        self.signals.allow(self.accelerator.num_processes == 1)  # several would wait for each other
+
+    def agree(self) -> None:
+        """Drop the step on all ranks if a signal has come to any. From here on it waits for the step's end."""
+        self.signals.agree()
+
+    def step_done(self, steps: int, of: int) -> None:
+        """So many steps are done: write a checkpoint if one is due. The last step has the model itself."""
+        self.done = steps
+        if steps % self.every == 0 and steps < of:
+            save_checkpoint(self.accelerator, self.out, steps)
+
+    def end(self, text: str) -> None:
+        """The run is complete: say so, close the trackers, and leave."""
+        if self.accelerator.is_main_process:
+            console.print(text)
+        self._finish(0)
+
+    def _finish(self, code: int) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        leave(self.accelerator.state, code)
 
 
 class Signals:
@@ -90,9 +165,9 @@ def flush(paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def find_checkpoint(out: Path, settings: dict[str, Any]) -> int:
+def find_checkpoint(out: Path, settings: Settings) -> int:
     """Steps done at the last whole checkpoint of OUT, 0 without one. Raises UserError if the run used other settings."""
-    check_same_run(out, settings, free=("save_every", "logger", "preset", "failed_searches"))
+    check_same_run(out, settings)
     saved = sorted((out / "checkpoints").glob("step-??????"))
     return int(saved[-1].name[5:]) if saved else 0
 

@@ -1,17 +1,18 @@
-"""Search engines: request, result, and BM25 over a corpus."""
+"""Search engines: request, result, the registry of engines, and BM25 over a corpus (the bm25s package)."""
 
 import contextlib
 import functools
 import hashlib
 import mmap
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
-from plumbing.cli import UserError
+from plumbing.cli import Settings, UserError, option
 from plumbing.files import read_jsonl
 from plumbing.text import ROOT, clean
 
@@ -63,10 +64,34 @@ class SearchEngine(Protocol):
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]: ...
 
 
-def check_top_k(k: int) -> int:
-    if k < 1:
-        raise UserError(f"the number of documents (top-k) must be at least 1, not {k}")
-    return k
+@dataclass(frozen=True)
+class Engine:
+    """An entry of ENGINES: how an engine is made, and what it still needs (None: nothing), from a command's settings."""
+
+    make: Callable[["EngineSettings"], SearchEngine | None]
+    missing: Callable[["EngineSettings"], str | None] = lambda s: None
+
+
+# What --engine offers. web.py adds http and serpapi, chapter 1 the simulator. Your own: one entry more.
+ENGINES: dict[str, Engine] = {
+    "bm25": Engine(lambda s: BM25Engine(s.corpus, s.top_k)),
+    "none": Engine(lambda s: None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Settings):
+    """Which engine answers searches, and what it needs."""
+
+    engine: str = option("bm25", "Who answers searches.", choices=ENGINES)
+    corpus: Path = option(ROOT / "data/world/passages.jsonl", "bm25: a JSONL corpus.")
+    url: str | None = option(None, "http: the server, such as http://localhost:8000/retrieve.")
+    top_k: int = option(3, "Documents that a search returns.", low=1)
+
+    def check(self) -> None:
+        super().check()
+        if missing := ENGINES[self.engine].missing(self):
+            raise UserError(f"--engine {self.engine} needs {missing}")
 
 
 def titled(title: str, text: str) -> str:
@@ -85,7 +110,7 @@ class BM25Engine:
     def __init__(self, corpus: Path, k: int, cache: Path = CACHE):
         import bm25s  # here, because importing it loads JAX where that is installed
 
-        self.k = check_top_k(k)
+        self.k = k
         self._tokenize = functools.partial(bm25s.tokenize, stopwords="en", show_progress=False)
         if not Path(corpus).is_file():
             raise UserError(f"{corpus}: no such file")

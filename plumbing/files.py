@@ -1,5 +1,6 @@
 """Files: JSONL, run folders, and seeds that are functions of their arguments."""
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from plumbing.cli import UserError
+from plumbing.cli import Settings, UserError
 from plumbing.text import ROOT, normalize_answer
 
 
@@ -68,28 +69,29 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
     """What a run used: its settings, the versions, the commit, the machine. Saved as config.json."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "transformers", "accelerate", "bm25s", "numpy")
     cuda = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     return {
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()},
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "settings": settings,
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
         "commit": commit or None,
-        "hardware": {
-            "device": "cuda" if cuda else "cpu",
-            "name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-            "count": torch.cuda.device_count() if cuda else torch.get_num_threads(),
-        },
-    }
+        "hardware": {"device": "cuda" if cuda else "cpu", "name": name,
+                     "count": torch.cuda.device_count() if cuda else torch.get_num_threads()},
+    }  # fmt: skip
 
 
 def check_no_run(out: Path, overwrite: bool) -> None:
     if (out / "config.json").exists() and not overwrite:
-        raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite (or --resume, if offered)")
+        raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite "
+                        "(or --resume, if offered)")  # fmt: skip
 
 
 def open_run(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make an empty run folder with its config.json. Raises UserError if it holds a run and may not be replaced."""
+    """Make an empty run folder with its config.json. Raises UserError if it holds a run to keep."""
     check_no_run(out, overwrite)
     if (out / "config.json").exists():
         shutil.rmtree(out)
@@ -99,13 +101,19 @@ def open_run(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
     temporary.rename(out / "config.json")  # never half of it: --resume reads it
 
 
-def check_same_run(out: Path, settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:
-    """Raises UserError if OUT holds no run, or one with other settings, those that are `free` to change apart."""
+def read_settings(run: Path) -> dict[str, Any]:
+    """The settings in a run's config.json; {} if the folder has none."""
+    path = run / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("settings", {}) if path.is_file() else {}
+
+
+def check_same_run(out: Path, settings: Settings) -> None:
+    """Raises UserError if OUT holds no run, or one whose settings differ in what may not change."""
     if not (out / "config.json").exists():
         raise UserError(f"{out} holds no run to resume")
-    before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
-    now = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
-    if changed := [n for n, v in now.items() if n not in ("resume", "overwrite", *free) and before.get(n) != v]:
+    before, now = read_settings(out), settings.record()
+    fixed = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("resumable")]
+    if changed := [name for name in fixed if before.get(name) != now[name]]:
         raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.cli import UserError, console, first_line
 from plumbing.remote import is_server, served_model, server_urls
@@ -49,6 +53,16 @@ def load_model(name: str, dtype: torch.dtype = torch.float32):
     except (OSError, ValueError) as error:
         raise UserError(f"can't load the model {name!r}: {first_line(error)}") from None
     return model.eval()
+
+
+def simulator_tuning(name: str) -> dict[str, Any]:
+    """What a simulator's folder says it was tuned for: words, temperature; {} if it says nothing.
+
+    name: a folder, a Hub id, or the address of a server whose model lies in a folder here."""
+    if is_server(name):
+        name = served_model(server_urls(name)[0]).get("root") or ""
+    path = Path(name) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("simulator", {}) if path.is_file() else {}
 
 
 def resolve_model(name: str) -> str:
@@ -131,3 +145,21 @@ def make_accelerator(**options) -> Accelerator:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def load_trained(name: str, checkpointing: bool):
+    """A model to be trained; with checkpointing, each layer's activations are computed again in the backward pass."""
+    model = load_model(name)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        for module in model.modules():  # layers do so in training mode alone; their parts stay without dropout
+            module.training = isinstance(module, GradientCheckpointingLayer)
+    return model
+
+
+def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
+    """What `accelerator.prepare` does, but for a model without an optimizer, and kept out of the checkpoints."""
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, reference)
+    reference.forward = accelerator.autocast()(reference.forward)
+    return reference.to(accelerator.device)

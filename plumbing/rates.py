@@ -65,10 +65,7 @@ def useful_products(accelerator: Accelerator, work: Pass) -> int:
     seen = sum(own_tokens(s, above) for above, s in itertools.pairwise([None, *work.batch]))
     scored = sum(sum(s.mask[1:]) for s in work.batch)
     module = accelerator.unwrap_model(work.module)
-    if hasattr(module, "decoder"):
-        decoder, head = module.decoder, module.head
-    else:
-        decoder, head = module.model.get_decoder(), module.model.get_output_embeddings()
+    decoder, head = module.parts()
     body = sum(p.numel() for p in decoder.parameters()) - decoder.get_input_embeddings().weight.numel()
     return body * seen + head.weight.numel() * scored
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -148,3 +149,23 @@ def served_model(url: str) -> dict[str, Any]:
         return {name: answer["data"][0].get(name) for name in ("id", "root")}
 
     return call([f"{url}/models"], first, patience=Patience(timeout=10, attempts=3), method="GET", **openai_key())
+
+
+def chat_verdicts(address: str, model: str | None, questions: list[tuple[str, str]], words: tuple[str, ...],
+                  patience: Patience = Patience(timeout=120)) -> list[str | None]:  # fmt: skip
+    """The one of `words` that a served model replies to each (system, user); None for none, or several.
+
+    model: by default the first that the server offers. Raises OutsideError if it fails for good."""
+    urls = server_urls(address)
+    model = model or served_model(urls[0])["id"]
+
+    def verdict(answer: dict[str, Any]) -> str | None:
+        found = set(re.findall("|".join(words), answer["choices"][0]["message"]["content"].lower()))
+        return found.pop() if len(found) == 1 else None
+
+    def ask(question: tuple[str, str]) -> str | None:
+        messages = [{"role": role, "content": text} for role, text in zip(("system", "user"), question)]
+        body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": 16}
+        return call([f"{url}/chat/completions" for url in urls], verdict, patience=patience, json=body, **openai_key())
+
+    return in_threads(ask, questions, 16)

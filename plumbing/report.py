@@ -13,11 +13,6 @@ STYLE = {"figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize
          "legend.frameon": False, "savefig.dpi": 150}  # fmt: skip
 
 
-def markdown_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
-
-
 def with_interval(m: dict[str, float], digits: int = 1) -> str:
     return f"{m['mean']:.{digits}f} ({m['low']:.{digits}f} to {m['high']:.{digits}f})"
 

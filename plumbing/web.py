@@ -11,16 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plumbing.cli import UserError
 from plumbing.engines import (
     DOCUMENT_CHARACTERS,
+    ENGINES,
     QUERY_CHARACTERS,
     SEARCH_CACHE,
-    BM25Engine,
-    SearchEngine,
+    Engine,
+    EngineSettings,
     SearchRequest,
     SearchResult,
-    check_top_k,
     titled,
 )
 from plumbing.remote import OutsideError, Patience, call, is_server
@@ -38,7 +37,7 @@ class RemoteEngine:
     name: str
 
     def __init__(self, k: int, patience: Patience, cache: Path, workers: int):
-        self.k, self.patience, self.cache = check_top_k(k), patience, cache
+        self.k, self.patience, self.cache = k, patience, cache
         self._pool, self._lock, self._under_way = ThreadPoolExecutor(workers), threading.Lock(), {}  # query -> Future
         cache.parent.mkdir(parents=True, exist_ok=True)
         self._sql("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, documents TEXT)")
@@ -134,24 +133,16 @@ class SerpApiEngine(RemoteEngine):
 
 
 def serpapi_key() -> str:
-    if not (key := os.environ.get("SERPAPI_API_KEY", "").strip()):
-        raise UserError("--engine serpapi needs the key in the environment: SERPAPI_API_KEY")
-    return key
+    return os.environ.get("SERPAPI_API_KEY", "").strip()
 
 
-def check_engine(engine: str, simulator: str | None, url: str | None) -> None:
-    """Refuse an engine that lacks what it needs. Raises UserError."""
-    if engine == "simulator" and not simulator:
-        raise UserError("--engine simulator needs --simulator: a folder, a Hub id, smollm2 or a server's http://host:port/v1")
-    if engine == "http" and not (url and is_server(url)):
-        raise UserError("--engine http needs --url, such as http://localhost:8000/retrieve")
-    if engine == "serpapi":
-        serpapi_key()
+def url_missing(s: EngineSettings) -> str | None:
+    return None if s.url and is_server(s.url) else "--url, such as http://localhost:8000/retrieve"
 
 
-def make_real_engine(name: str, corpus: Path, url: str | None, k: int) -> SearchEngine:
-    """The engine of that name: bm25 over the corpus, http at the url, serpapi."""
-    check_engine(name, None, url)
-    if name == "bm25":
-        return BM25Engine(corpus, k)
-    return HTTPEngine(url, k) if name == "http" else SerpApiEngine(k)
+def key_missing(s: EngineSettings) -> str | None:
+    return None if serpapi_key() else "the key in the environment: SERPAPI_API_KEY"
+
+
+ENGINES["http"] = Engine(lambda s: HTTPEngine(s.url, s.top_k), url_missing)
+ENGINES["serpapi"] = Engine(lambda s: SerpApiEngine(s.top_k), key_missing)
