@@ -1,4 +1,4 @@
-"""Chapter 3: any model, any method, any engine on the question-answering benchmarks, beside the paper.
+"""Chapter 3: any model, method and engine on the question-answering benchmarks, beside the paper.
 
 \b
     run      answer a benchmark's questions     ->  OUT/predictions.jsonl, OUT/results.json
@@ -8,17 +8,17 @@
     report   figures and tables of training runs and evaluations, on one page
     ask      one question, live: what the model thinks, searches, reads and answers
 
-A method is a function from questions to episodes. They are the same records as in training, so that
-an evaluation on a real engine is also how trajectories are collected. `agent` is chapter 2's rollout,
-greedy and without noise.
+A method is a function from questions to episodes. They are the same records as in training, so
+that an evaluation on a real engine is also how trajectories are collected. `agent` is chapter 2's
+rollout, greedy and without noise.
 
 \b
-    python evaluate.py run --benchmark world --model runs/demo/policy/model --out runs/demo/test-policy
+    python evaluate.py run --benchmark world --model runs/demo/policy/model --out runs/demo/test
     python evaluate.py compare runs/demo/test-warmup runs/demo/test-policy
     accelerate launch evaluate.py run ...          # each batch is split over the processes
 
-Exact match (em) is SQuAD's: equality after normalisation. Some published code, ZeroSearch's too, calls
-a substring match by that name; here it is cover_em, so that old figures can be compared.
+Exact match (em) is SQuAD's: equality after normalisation. Some published code, ZeroSearch's too,
+calls a substring match by that name; here it is cover_em, so that old figures can be compared.
 """
 
 import json
@@ -43,17 +43,18 @@ from rich.text import Text
 import costs
 from plumbing.cli import (UserError, argument, command, console, leave, make_app, markdown_table,
                           option, print_table, progress_bar, run_cli)
-from plumbing.engines import ENGINES, SearchEngine, SearchRequest, SearchResult
+from plumbing.engines import ENGINES, SearchRequest, SearchResult, check_failures
 from plumbing.files import (append_jsonl, check_no_run, check_same_run, draw_seed, open_run,
-                            read_jsonl, read_questions, write_jsonl)
-from plumbing.generate import Generation, Generator, Sampling
-from plumbing.report import draw_costs, draw_em, draw_training, with_interval
+                            read_jsonl, read_predictions, read_questions, whole_batches,
+                            write_json, write_jsonl)
+from plumbing.generate import Sampling
+from plumbing.page import (Aloud, cost_section, difference_sentence, evaluation_section,
+                           time_section, training_section)
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, cover_em, encode, exact_match, f1_score, fill, load_prompts,
                            neutralize, prompt_ids)
 from sft_simulator import SearchSettings, format_documents
-from train_rl import (Episode, EpisodeSettings, Setup, Turn, check_failures, new_episode, rollout,
-                      search_turn)
+from train_rl import (Episode, EpisodeSettings, Setup, Turn, new_episode, rollout, search_turn)
 
 app = make_app(__doc__)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -66,27 +67,31 @@ BENCHMARK_FOLDER = ROOT / "runs" / "data"  # where data/prepare.py puts them
 
 
 def benchmark_file(name: str) -> Path:
-    """The questions of a benchmark: one of the paper's seven, or the demo's world. Raises UserError."""
+    """The questions of a benchmark: one of the paper's seven, or the demo's world."""
     if name == "world":
         return ROOT / "data" / "world" / "test.jsonl"
     if name not in BENCHMARKS:
-        raise UserError(f"unknown benchmark {name!r}: there are {', '.join(BENCHMARKS)} and world; --data takes a file")
+        raise UserError(f"unknown benchmark {name!r}: there are {', '.join(BENCHMARKS)} and world; "
+                        "--data takes a file")
     path = BENCHMARK_FOLDER / f"{name}.jsonl"
     if not path.exists():
         raise UserError(f"{name} is not here yet: python data/prepare.py {name}")
     return path
 
 
-def sample_questions(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[dict[str, Any]]:
-    """A seeded sample in the file's order, never its first rows: PopQA, for one, is grouped by relation."""
+Rows = list[dict[str, Any]]
+
+
+def sample_questions(rows: Rows, limit: int | None, seed: int) -> Rows:
+    """A seeded sample in the file's order, not its first rows: PopQA's are grouped by relation."""
     if limit is None or limit >= len(rows):
         return rows
-    return [rows[i] for i in sorted(random.Random(draw_seed("limit", seed)).sample(range(len(rows)), limit))]
+    drawn = random.Random(draw_seed("limit", seed)).sample(range(len(rows)), limit)
+    return [rows[i] for i in sorted(drawn)]
 
 
 # ---------------------------------------------------------------- methods
 
-Rows = list[dict[str, Any]]
 ANSWER_TOKENS = 32  # an answer is a few words; what goes on is wrong anyway
 
 
@@ -103,13 +108,14 @@ def read_prompt(episode: Episode, setup: Setup, method: str, **values: str) -> E
     return episode
 
 
-def write_on(episodes: list[Episode], setup: Setup, max_tokens: int, stop: tuple[str, ...] = ()) -> list[str]:
+def write_on(episodes: list[Episode], setup: Setup, max_tokens: int,
+             stop: tuple[str, ...] = ()) -> list[str]:
     """Let the model continue every episode, greedily; returns what it wrote.
 
     An end-of-text token is left out: more follows, and the model should go on in the same reply."""
     sampling = Sampling(max_tokens, temperature=0.0, stop=stop)
-    generations = setup.generator.generate([e.ids for e in episodes], sampling, [setup.seed] * len(episodes))
-    texts = []
+    prompts, seeds = [e.ids for e in episodes], [setup.seed] * len(episodes)
+    generations, texts = setup.generator.generate(prompts, sampling, seeds), []
     for episode, generation in zip(episodes, generations, strict=True):
         end = len(generation.ids) - (generation.stop_reason == "eos")
         episode.write(generation.ids[:end], generation.logprobs[:end])
@@ -118,22 +124,24 @@ def write_on(episodes: list[Episode], setup: Setup, max_tokens: int, stop: tuple
 
 
 def conclude(episodes: list[Episode], setup: Setup, method: str) -> list[Episode]:
-    """Ask everyone who has not answered for the answer: after the method's cue, the rest of the line is it."""
+    """Ask those who have not answered: after the method's cue, the rest of the line is it."""
     cue = encode(setup.tokenizer, setup.prompts[method]["cue"])
     open_ones = [e for e in episodes if e.answer is None and e.end != "failed"]
     for episode in open_ones:
         episode.end = "context"
-    open_ones = [e for e in open_ones if len(e.ids) + len(cue) + ANSWER_TOKENS <= setup.limits.context_tokens]
+    room = setup.limits.context_tokens - len(cue) - ANSWER_TOKENS
+    open_ones = [e for e in open_ones if len(e.ids) <= room]
     for episode in open_ones:
         episode.read(cue)
-    for episode, text in zip(open_ones, write_on(open_ones, setup, ANSWER_TOKENS, stop=("\n",)), strict=True):
+    texts = write_on(open_ones, setup, ANSWER_TOKENS, stop=("\n",))
+    for episode, text in zip(open_ones, texts, strict=True):
         episode.turns.append(Turn(text, "answer"))
         episode.answer, episode.end = text.strip().partition("\n")[0].strip(), "answered"
     return episodes
 
 
 def agent(rows: Rows, setup: Setup) -> list[Episode]:
-    """The policy under its own template. Without an engine it is R1; one trained on a real engine is Search-R1."""
+    """The policy under its own template. Without an engine it is R1."""
     search = setup.engine is not None
     episodes = [new_episode(row, 0, setup.tokenizer, setup.prompts, search) for row in rows]
     rollout(episodes, setup)
@@ -142,13 +150,15 @@ def agent(rows: Rows, setup: Setup) -> list[Episode]:
 
 def direct(rows: Rows, setup: Setup) -> list[Episode]:
     """The answer at once, from what the model knows."""
-    return conclude([read_prompt(blank_episode(row), setup, "direct") for row in rows], setup, "direct")
+    episodes = [read_prompt(blank_episode(row), setup, "direct") for row in rows]
+    return conclude(episodes, setup, "direct")
 
 
 def cot(rows: Rows, setup: Setup) -> list[Episode]:
-    """Reasoning first, then the answer: zero-shot chain of thought in two stages (Kojima et al. 2022)."""
+    """Reasoning first, then the answer: zero-shot chain of thought (Kojima et al. 2022)."""
     episodes = [read_prompt(blank_episode(row), setup, "cot") for row in rows]
-    for episode, text in zip(episodes, write_on(episodes, setup, setup.limits.tokens_per_turn), strict=True):
+    texts = write_on(episodes, setup, setup.limits.tokens_per_turn)
+    for episode, text in zip(episodes, texts, strict=True):
         episode.turns.append(Turn(text, "invalid"))
     return conclude(episodes, setup, "cot")
 
@@ -160,7 +170,7 @@ def rag(rows: Rows, setup: Setup) -> list[Episode]:
         episode.turns.append(Turn("", "search", episode.question, "useful"))
     search_turn(episodes, setup)
     for episode in episodes:
-        documents = setup.tokenizer.decode(episode.ids).strip()  # as read: made safe, and cut if too long
+        documents = setup.tokenizer.decode(episode.ids).strip()  # as read: made safe, and cut
         episode.ids, episode.mask, episode.logprobs = [], [], []
         read_prompt(episode, setup, "rag", documents=documents)
     return conclude(episodes, setup, "rag")
@@ -170,18 +180,21 @@ REACT_ACTION = re.compile(r"(Search|Finish)\[(.*?)\]", re.DOTALL)
 
 
 def ra_agent(rows: Rows, setup: Setup) -> list[Episode]:
-    """ReAct (Yao et al. 2023): thought, action and observation by turns; asked for the answer when searches run out."""
+    """ReAct (Yao et al. 2023): thought, action, observation; a cue when searches run out."""
     active = episodes = [read_prompt(blank_episode(row), setup, "ra_agent") for row in rows]
     for _ in range(setup.limits.max_searches):
         for episode in active:
             episode.read(encode(setup.tokenizer, "\nThought:"))
-        for episode, text in zip(active, write_on(active, setup, setup.limits.tokens_per_turn, ("]",)), strict=True):
+        texts = write_on(active, setup, setup.limits.tokens_per_turn, stop=("]",))
+        for episode, text in zip(active, texts, strict=True):
             match = REACT_ACTION.search(text)
+            content = match[2].strip() if match else ""
             episode.turns.append(Turn(text, "invalid"))
-            if match and match[2].strip() and match[1] == "Finish":
-                episode.turns[-1].action, episode.answer, episode.end = "answer", match[2].strip(), "answered"
-            elif match and match[2].strip():
-                episode.turns[-1] = Turn(text, "search", match[2].strip(), "useful")
+            if content and match[1] == "Finish":
+                episode.turns[-1].action = "answer"
+                episode.answer, episode.end = content, "answered"
+            elif content:
+                episode.turns[-1] = Turn(text, "search", content, "useful")
                 episode.read(encode(setup.tokenizer, "\nObservation:"))
         searching = [e for e in active if e.turns[-1].action == "search"]
         search_turn(searching, setup)
@@ -191,36 +204,39 @@ def ra_agent(rows: Rows, setup: Setup) -> list[Episode]:
 
 
 class Condenser:
-    """An engine whose documents the model itself boils down to what the question needs, before anyone reads them."""
+    """An engine whose documents the model itself condenses to what the question needs."""
 
     name = "condensed"
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        self.found: dict[tuple[str, str], list[str]] = {}  # (question, query) -> the documents behind the digest
+        self.found: dict[tuple[str, str], list[str]] = {}  # (question, query) -> documents
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
         setup, wording = self.setup, self.setup.prompts["search_o1"]
         results, prompts = setup.engine.search(requests), []
         for request, result in zip(requests, results, strict=True):
             self.found[request.question, request.query] = result.documents
-            safe = [neutralize(text, setup.tokenizer) for text in (request.question, request.query, *result.documents)]
-            values = {"question": safe[0], "query": safe[1], "documents": format_documents(safe[2:])}
+            texts = (request.question, request.query, *result.documents)
+            question, query, *documents = (neutralize(text, setup.tokenizer) for text in texts)
+            values = {"question": question, "query": query}
+            values["documents"] = format_documents(documents)
             prompts.append(prompt_ids(setup.tokenizer, fill(wording["condense_system"]),
                                       fill(wording["condense_user"], **values)))
         sampling = Sampling(setup.limits.tokens_per_turn, temperature=0.0)
         digests = setup.generator.generate(prompts, sampling, [setup.seed] * len(prompts))
-        texts = [setup.tokenizer.decode(digest.ids, skip_special_tokens=True).strip() for digest in digests]
-        return [SearchResult([text], result.well_formed, result.prompt_tokens + len(prompt),
+        return [SearchResult([setup.tokenizer.decode(digest.ids, skip_special_tokens=True).strip()],
+                             result.well_formed, result.prompt_tokens + len(prompt),
                              result.completion_tokens + len(digest.ids), result.error)
-                for text, result, prompt, digest in zip(texts, results, prompts, digests, strict=True)]
+                for result, prompt, digest in zip(results, prompts, digests, strict=True)]
 
 
 def search_o1(rows: Rows, setup: Setup) -> list[Episode]:
-    """Search-o1 (Li et al. 2025): the agent's loop under a template of its own, documents condensed before they enter.
+    """Search-o1 (Li et al. 2025): the agent's loop under its own template, on condensed documents.
 
-    The condenser sees question, query and documents; the original also shows it the reasoning so far. What it reads
-    and writes is counted with the simulator's tokens; a turn keeps the documents, the token ids hold the digest."""
+    The condenser sees question, query and documents; the original also shows it the reasoning.
+    What it reads and writes is counted with the simulator's tokens. A turn keeps the documents, the
+    token ids hold the digest."""
     prompts = setup.prompts | {"policy": setup.prompts["policy"] | setup.prompts["search_o1"]}
     engine = Condenser(setup)
     episodes = [new_episode(row, 0, setup.tokenizer, prompts) for row in rows]
@@ -265,7 +281,8 @@ COMPARED = ("em", "f1", "cover_em")
 
 def answer_row(record: dict[str, Any]) -> dict[str, float]:
     """The metrics of one line of predictions, in percent."""
-    return {name: 100 * x for name, x in answer_scores(record["answer"], record["golden_answers"]).items()}
+    scores = answer_scores(record["answer"], record["golden_answers"])
+    return {name: 100 * x for name, x in scores.items()}
 
 
 def summarize(rows: list[dict[str, float]]) -> Summary:
@@ -279,24 +296,26 @@ def summarize(rows: list[dict[str, float]]) -> Summary:
 
 
 def bootstrap_means(values: np.ndarray) -> np.ndarray:
-    """Means of resamples of the rows: values (N, M) -> (RESAMPLES, M). Percentile bootstrap (Efron 1979), one seed."""
+    """Means of resamples of the rows, one seed. (N, M) -> (RESAMPLES, M). Bootstrap, Efron 1979."""
     generator = np.random.default_rng(0)
     chunk = max(1, 2_000_000 // values.size)
     sizes = [min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk)]
-    return np.concatenate([values[generator.integers(len(values), size=(k, len(values)))].mean(axis=1) for k in sizes])
+    draws = (generator.integers(len(values), size=(k, len(values))) for k in sizes)
+    return np.concatenate([values[places].mean(axis=1) for places in draws])
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """Two-sided p-value of paired differences (N,): how often random signs give a sum as far from 0 as theirs.
+    """Two-sided p-value of paired differences (N,): a permutation test (Fisher 1935).
 
-    A permutation test (Fisher 1935). Every pattern is tried where there are few; a difference of 0 has no sign."""
+    How often random signs give a sum as far from 0 as theirs; every pattern where there are few."""
     differences = differences[differences != 0]
     n, observed = len(differences), abs(differences.sum()) - 1e-9
     if 2**n <= RESAMPLES:
         signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2^n, n)
         return float(np.mean(np.abs(signs @ differences) >= observed))
     generator = np.random.default_rng(0)
-    sums = [generator.choice((-1.0, 1.0), size=(100, n)) @ differences for _ in range(RESAMPLES // 100)]
+    sums = [generator.choice((-1.0, 1.0), size=(100, n)) @ differences
+            for _ in range(RESAMPLES // 100)]
     return float((1 + np.sum(np.abs(np.concatenate(sums)) >= observed)) / (1 + RESAMPLES))
 
 
@@ -314,9 +333,9 @@ class RunSettings(SearchSettings, EpisodeSettings):
     method: str = option("agent", "How the model is put to the question.", choices=METHODS)
     benchmark: str | None = option(None, f"{', '.join(BENCHMARKS)} or world.")
     data: Path | None = option(None, "Or a JSONL file with id, question, golden_answers.")
-    failed_searches: int = option(0, "Searches that may fail for good; their questions are left out.",
-                                  low=0, resumable=True)
-    limit: int | None = option(None, "A random sample of so many questions, drawn with --seed.", low=1)
+    failed_searches: int = option(0, "Searches that may fail; their questions are left out.", low=0,
+                                  resumable=True)
+    limit: int | None = option(None, "A random sample of so many questions, by --seed.", low=1)
     batch_size: int = option(64, "Questions at a time, over all processes.", low=1)
     resume: bool = option(False, "Go on with the run that OUT holds.", resumable=True)
     overwrite: bool = option(False, "Replace the run that --out holds.", resumable=True)
@@ -335,18 +354,20 @@ def run(s: RunSettings) -> None:
     if s.method in WITHOUT_SEARCH:
         s = replace(s, engine="none")
     rows = sample_questions(read_questions(s.data or benchmark_file(s.benchmark)), s.limit, s.seed)
-    if len({str(row["id"]) for row in rows}) < len(rows):
+    ids = [str(row["id"]) for row in rows]
+    if len(set(ids)) < len(ids):
         raise UserError(f"{s.data or s.benchmark}: an id occurs twice")
     state, setup = PartialState(), load_setup(s)
     console.print(f"generation: {setup.generator.name}")
     predictions = s.out / "predictions.jsonl"
-    records = whole_batches(predictions, rows, s.batch_size) if s.resume else []
+    records = whole_batches(predictions, ids, s.batch_size) if s.resume else []
     if s.resume and state.is_main_process:
         write_jsonl(predictions, records)
     with progress_bar() as bar:
         task = bar.add_task(s.method, total=len(rows), completed=len(records), info="")
         for start in range(len(records), len(rows), s.batch_size):
-            batch = answer_batch(rows[start : start + s.batch_size], METHODS[s.method], setup, state)
+            asked = rows[start : start + s.batch_size]
+            batch = answer_batch(asked, METHODS[s.method], setup, state)
             errors = [record.get("error") for record in records + batch]
             check_failures(errors, 0, s.failed_searches)
             if state.is_main_process:
@@ -356,8 +377,7 @@ def run(s: RunSettings) -> None:
             bar.update(task, completed=len(records), info=f"EM {100 * np.mean(matched):.1f} %")
     if state.is_main_process:
         results = run_results(records, s)
-        text = json.dumps(results, indent=1) + "\n"
-        (s.out / "results.json").write_text(text, encoding="utf-8")
+        write_json(s.out / "results.json", results)
         title = f"{results['benchmark']}, {s.method}, {s.model}: {len(records)} questions"
         show_summary(title, results["metrics"])
     leave(state)
@@ -371,26 +391,14 @@ def load_setup(s: RunSettings) -> Setup:
     elif main:
         check_no_run(s.out, s.overwrite)
     # First the generator: vLLM, when it starts, trips over modules that bm25s imports.
-    setup = Setup(load_generator(s.model, s.generator), ENGINES[s.engine].make(s), prompts, s, s.seed)
+    generator = load_generator(s.model, s.generator)
+    setup = Setup(generator, ENGINES[s.engine].make(s), prompts, s, s.seed)
     if not s.resume and main:
         open_run(s.out, s.record(), s.overwrite)
     return setup
 
 
-def whole_batches(predictions: Path, rows: Rows, batch_size: int) -> list[dict[str, Any]]:
-    """The records of finished batches; a line or a batch that was cut short is dropped and will be run again.
-
-    Batches are fixed by their place in the questions, for in bfloat16 a row's arithmetic depends on the company it
-    has. Raises UserError if the file answers other questions."""
-    lines = predictions.read_bytes().split(b"\n")[:-1] if predictions.exists() else []
-    whole = len(lines) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
-    records = [json.loads(line) for line in lines[:whole]]
-    if [record["id"] for record in records] != [str(row["id"]) for row in rows[:whole]]:
-        raise UserError(f"{predictions} answers other questions than the data asks")
-    return records
-
-
-def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState) -> list[dict[str, Any]]:
+def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState) -> Rows:
     """Records of a batch in the order of its questions, each process having answered its share."""
     started = time.perf_counter()
     mine = rows[state.process_index :: state.num_processes]
@@ -398,17 +406,18 @@ def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState
     for episode in episodes:
         if episode.end != "failed":
             episode.scores = answer_scores(episode.answer, episode.golden_answers)
-    records = {record["id"]: record for record in gather_object([episode.record() for episode in episodes])}
+    everyone = gather_object([episode.record() for episode in episodes])
+    records = {record["id"]: record for record in everyone}
     seconds = (time.perf_counter() - started) / len(rows)
     ordered = [records[str(row["id"])] for row in rows]
     return [record | {"tokens": sum(record["mask"]), "seconds": seconds} for record in ordered]
 
 
 def run_results(records: list[dict[str, Any]], s: RunSettings) -> dict[str, Any]:
-    """What results.json holds: all of it from the records, so that a resumed run ends with the same figures."""
+    """What results.json holds: all from the records, so that a resumed run ends with the same."""
     failed = sum(r["end"] == "failed" for r in records)
     records = [r for r in records if r["end"] != "failed"]
-    rows = [answer_row(r) | {"searches": float(r["searches"]), "tokens": float(r["tokens"])} for r in records]
+    rows = [answer_row(r) | {n: float(r[n]) for n in ("searches", "tokens")} for r in records]
     by_hops: dict[int, list[dict[str, float]]] = {}
     for record, row in zip(records, rows, strict=True):
         if record["hops"]:
@@ -421,14 +430,16 @@ def run_results(records: list[dict[str, Any]], s: RunSettings) -> dict[str, Any]
         "n": len(records),
         "failed": failed,
         "metrics": summarize(rows),
-        "by_hops": {str(hops): {"n": len(part)} | summarize(part) for hops, part in sorted(by_hops.items())},
+        "by_hops": {str(hops): {"n": len(part)} | summarize(part)
+                    for hops, part in sorted(by_hops.items())},
         "seconds": math.fsum(record["seconds"] for record in records),
         "settings": s.record(),
     }
 
 
 def show_summary(title: str, metrics: Summary) -> None:
-    rows = [[name + ", %" * (name in PERCENT), f"{m['mean']:.2f}", f"{m['low']:.2f} to {m['high']:.2f}"]
+    rows = [[name + ", %" * (name in PERCENT), f"{m['mean']:.2f}",
+             f"{m['low']:.2f} to {m['high']:.2f}"]
             for name, m in metrics.items()]
     print_table(title, ["", "mean", "95 % interval"], rows)
 
@@ -436,29 +447,13 @@ def show_summary(title: str, metrics: Summary) -> None:
 # ---------------------------------------------------------------- score, compare
 
 
-def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """Lines of a predictions file, or of the run folder that holds one, but for those whose search failed.
-
-    Raises UserError naming file and line."""
-    path = path / "predictions.jsonl" if path.is_dir() else path
-    rows = read_jsonl(path, required=("question", "golden_answers", "answer", *fields))
-    for number, row in enumerate(rows, start=1):
-        golds = row["golden_answers"]
-        if not (isinstance(golds, list) and golds and all(isinstance(gold, str) for gold in golds)):
-            raise UserError(f"{path}:{number}: golden_answers must be a list of at least one text")
-        if not isinstance(row["answer"], str | None):
-            raise UserError(f"{path}:{number}: answer must be a text or null")
-    if not (answered := [row for row in rows if row.get("end") != "failed"]):
-        raise UserError(f"{path}: every search failed, nothing can be scored")
-    return answered
-
-
 @app.command()
 def score(
-    predictions: Annotated[Path, typer.Argument(help="JSONL with question, golden_answers, answer; or a run folder.")],
+    predictions: Annotated[Path, typer.Argument(
+        help="JSONL with question, golden_answers, answer; or a run folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compute the metrics from predictions alone, in percent. The order of the lines changes no digit."""
+    """Compute the metrics from predictions alone, in percent, whatever the order of the lines."""
     rows = read_predictions(predictions)
     metrics = summarize([answer_row(row) for row in rows])
     if as_json:
@@ -470,7 +465,7 @@ def score(
 
 
 def paired_difference(a: Path, b: Path) -> dict[str, Any]:
-    """B minus A on the same questions, in percentage points, with 95 % interval and two-sided sign-flip p-value."""
+    """B minus A on the same questions, in points, with 95 % interval and sign-flip p-value."""
     scores = []
     for path in (a, b):
         rows = read_predictions(path, "id")
@@ -479,13 +474,15 @@ def paired_difference(a: Path, b: Path) -> dict[str, Any]:
             raise UserError(f"{path}: an id occurs twice")
     of_a, of_b = scores
     if alone := sorted(of_a.keys() ^ of_b.keys()):
-        raise UserError(f"{a} and {b} answer different questions: {len(alone)} ids are in one only, such as {alone[0]}")
+        raise UserError(f"{a} and {b} answer different questions: {len(alone)} ids are in one "
+                        f"only, such as {alone[0]}")
     differences = [{name: of_b[i][name] - of_a[i][name] for name in COMPARED} for i in sorted(of_a)]
     result: dict[str, Any] = {"a": str(a), "b": str(b), "n": len(differences)}
     for name, d in summarize(differences).items():
         means = [math.fsum(row[name] for row in of.values()) / len(of) for of in scores]
-        result[name] = {"a": means[0], "b": means[1], "difference": d["mean"], "low": d["low"], "high": d["high"],
-                        "p": sign_flip_p(np.array([row[name] for row in differences]))}
+        p = sign_flip_p(np.array([row[name] for row in differences]))
+        result[name] = {"a": means[0], "b": means[1], "difference": d["mean"], "low": d["low"],
+                        "high": d["high"], "p": p}
     return result
 
 
@@ -495,12 +492,13 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Another, on the same questions.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two runs question by question: B minus A, with 95 % bootstrap interval and sign-flip p-value."""
+    """Compare two runs question by question: B minus A, with 95 % interval and p-value."""
     result = paired_difference(a, b)
     if as_json:
         return print(json.dumps(result))
-    rows = [[name, f"{d['a']:.2f}", f"{d['b']:.2f}", f"{d['difference']:+.2f}", f"{d['low']:+.2f} to {d['high']:+.2f}",
-             f"{d['p']:.4f}"] for name in COMPARED for d in [result[name]]]
+    rows = [[name, f"{d['a']:.2f}", f"{d['b']:.2f}", f"{d['difference']:+.2f}",
+             f"{d['low']:+.2f} to {d['high']:+.2f}", f"{d['p']:.4f}"]
+            for name, d in result.items() if name in COMPARED]
     title = f"A: {a}\nB: {b}\n{result['n']} questions, in percent"
     print_table(title, ["", "A", "B", "B - A", "95 % interval", "p"], rows)
 
@@ -528,7 +526,7 @@ def table(
     runs: Annotated[list[Path], typer.Argument(
         help="Evaluation folders; those of one model and method form a row.")],
     paper_row: Annotated[str | None, typer.Option(
-        help="The paper's row to stand beside, such as table3/Qwen-2.5-3B/ZeroSearch-inst.")] = None,
+        help="The paper's row, such as table3/Qwen-2.5-3B/ZeroSearch-inst.")] = None,
     paper_model: Annotated[str | None, typer.Option(
         help="Or its model: prompted methods then stand beside their rows of table 3.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
@@ -551,7 +549,8 @@ def table(
         label, theirs = published_row(paper_model, paper_row, method)
         ours = exact_matches(group)
         cells = {
-            f"{method}, {model}": {c: f"{mean:.1f} ±{half:.1f}" for c, (mean, half) in ours.items()},
+            f"{method}, {model}": {c: f"{mean:.1f} ±{half:.1f}"
+                                   for c, (mean, half) in ours.items()},
             f"  paper: {label}": {c: f"{value:.1f}" for c, value in theirs.items()},
             "  difference": {c: f"{ours[c][0] - theirs[c]:+.1f} ±{ours[c][1]:.1f}"
                              for c in ours if c in theirs},
@@ -606,24 +605,29 @@ def published_row(model: str | None, row: str | None, method: str) -> tuple[str,
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs and of evaluations, in any mix.")],
+    runs: Annotated[list[Path], typer.Argument(help="Training runs and evaluations, in any mix.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md and its figures.")],
 ) -> None:
     """Put runs on one page, from their metrics.jsonl and results.json."""
     names = run_names(runs)
     stages = {name: read_jsonl(run / "metrics.jsonl", ("step",)) for name, run in names.items()
               if (run / "metrics.jsonl").exists()}
-    evaluations = {name: read_results(run) for name, run in names.items() if (run / "results.json").exists()}
-    if unknown := [str(run) for name, run in names.items() if name not in stages and name not in evaluations]:
+    evaluations = {name: read_results(run) for name, run in names.items()
+                   if (run / "results.json").exists()}
+    if unknown := [str(run) for name, run in names.items() if name not in {*stages, *evaluations}]:
         raise UserError(f"neither metrics.jsonl nor results.json in {', '.join(unknown)}")
     trainings = {name: steps for name, steps in stages.items() if "reward/mean" in steps[0]}
+    seconds = {name: math.fsum(step.get("time/step", math.nan) for step in steps)
+               for name, steps in stages.items()}
+    seconds |= {name: r.get("seconds", math.nan) for name, r in evaluations.items()}
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Report"]
     if evaluations:
-        parts += evaluation_section(evaluations, names, out)
+        parts += evaluation_section(evaluations, paired_sentence(evaluations, names), out)
     if trainings:
-        parts += training_section(trainings, out) + cost_section({name: names[name] for name in trainings}, out)
-    parts += time_section(stages, evaluations, out / "seconds.txt")
+        parts += training_section(trainings, out)
+        parts += cost_section(*run_bills({name: names[name] for name in trainings}), out)
+    parts += time_section(seconds, out / "seconds.txt")
     parts += [f"Made by `{shlex.join(['python', 'evaluate.py', *sys.argv[1:]])}`."]
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     console.print(f"report: {out / 'report.md'}")
@@ -632,123 +636,40 @@ def report(
 def run_names(runs: list[Path]) -> dict[str, Path]:
     """Each run by its folder's name, or by its path where another has the same name."""
     folders = [run.resolve().name for run in runs]
-    return {str(run) if folders.count(folder) > 1 else folder: run for folder, run in zip(folders, runs)}
+    return {str(run) if folders.count(folder) > 1 else folder: run
+            for folder, run in zip(folders, runs)}
 
 
-def evaluation_section(evaluations: dict[str, dict], names: dict[str, Path], out: Path) -> list[str]:
-    """Tables by run and by hops, the two agents' paired difference, and the bars."""
-    header = ["run", "benchmark", "method", "engine", "n", "EM, %", "F1, %", "cover-EM, %", "searches a question"]
-    rows = [[name, r["benchmark"], r["method"], r["engine"], str(r["n"]), *(with_interval(r["metrics"][metric])
-             for metric in COMPARED), with_interval(r["metrics"]["searches"], 2)]
-            for name, r in evaluations.items()]
-    parts = ["## Test", "Greedy answers against the golden ones; in brackets the 95 % bootstrap interval.",
-             markdown_table(header, rows, text_columns=4)]
-    if hops := sorted({hop for r in evaluations.values() for hop in r.get("by_hops", {})}):
-        parted = {name: r["by_hops"] for name, r in evaluations.items() if r.get("by_hops")}
-        rows = [[name, *(with_interval(by_hops[hop]["em"]) if hop in by_hops else "-" for hop in hops)]
-                for name, by_hops in parted.items()]
-        parts.append(markdown_table(["EM, %, by number of hops", *hops], rows))
+def paired_sentence(evaluations: dict[str, dict], names: dict[str, Path]) -> str | None:
+    """The difference of two agents in words, or why there is none; None for one agent, or three."""
     agents = [name for name, r in evaluations.items() if r["method"] == "agent"]
-    if len(agents) == 2:
-        parts.append(difference_sentence(*agents, names))
-    draw_em(evaluations, out / "em.png")
-    return [*parts, "![Exact match by method](em.png)"]
-
-
-def difference_sentence(a: str, b: str, names: dict[str, Path]) -> str:
-    """The paired difference in words. It alone needs predictions.jsonl; without them it says so."""
+    if len(agents) != 2:
+        return None
     try:
-        result = paired_difference(names[a], names[b])
-    except UserError as error:
-        return f"No paired difference of {a} and {b}: {error}."
-    em, f1 = result["em"], result["f1"]
-    verdict = "above 0" if em["low"] > 0 else "below 0" if em["high"] < 0 else "it holds 0"
-    return (f"The same {result['n']} questions, **{b}** minus **{a}**: EM {em['difference']:+.1f} points (95 % "
-            f"interval {em['low']:+.1f} to {em['high']:+.1f}: {verdict}; p = {em['p']:.4f}), "
-            f"F1 {f1['difference']:+.1f} ({f1['low']:+.1f} to {f1['high']:+.1f}).")
+        return difference_sentence(*agents, paired_difference(*(names[name] for name in agents)))
+    except UserError as error:  # it alone needs predictions.jsonl
+        return f"No paired difference of {agents[0]} and {agents[1]}: {error}."
 
 
-def training_section(trainings: dict[str, list[dict]], out: Path) -> list[str]:
-    rows = []
-    for name, steps in trainings.items():
-        tenth = max(1, len(steps) // 10)
-        rows.append([name, str(len(steps))])
-        for key in ("reward/mean", "search/per_episode", "noise/p"):
-            first, last = (np.mean([step[key] for step in part]) for part in (steps[:tenth], steps[-tenth:]))
-            rows[-1].append(f"{first:.2f} to {last:.2f}")
-    draw_training(trainings, out / "training.png")
-    return ["## Training", "From the mean over the first tenth of the steps to that over the last.",
-            markdown_table(["run", "steps", "reward", "searches an episode", "noise p"], rows),
-            "![Reward, searches and noise over steps](training.png)"]
-
-
-def cost_section(runs: dict[str, Path], out: Path) -> list[str]:
+def run_bills(runs: dict[str, Path]) -> tuple[dict[str, dict], list[str]]:
+    """The bill of each training run for the page, and notes on those that have none."""
     bills, notes = {}, []
     for name, run_dir in runs.items():
         try:
-            bills[name] = costs.run_cost(run_dir)
+            cost = costs.run_cost(run_dir)
         except UserError as error:
             notes.append(f"No cost for {name}: {error}.")
-    if bills:
-        header = ["run", "searches", *BILL, "device"]
-        rows = [[name, f"{bill['searches']:,.0f}", *(costs.dollars(part(bill)) for part in BILL.values()),
-                 f"{bill['devices']} x {bill['device']}"] for name, bill in bills.items()]
-        bars = {name: {kind: (part(bill), costs.dollars(part(bill))) for kind, part in BILL.items()}
-                for name, bill in bills.items()}
-        draw_costs(bars, out / "costs.png")
-        notes = [markdown_table(header, rows), *notes, "![Cost](costs.png)"]
-    return ["## Cost", "What the searches would have cost at an API, and what the run cost, at the prices of "
-            "data/prices.toml.", *notes]
-
-
-BILL: dict[str, Callable[[dict], float]] = {
-    f"searches at {costs.PAPER_API}": lambda bill: bill["api_usd"][costs.PAPER_API],
-    "search side of the run": lambda bill: bill["bill"]["search_side"],
-    "whole run": lambda bill: bill["bill"]["whole_run"],
-}
-
-
-def time_section(stages: dict[str, list[dict]], evaluations: dict[str, dict], written: Path) -> list[str]:
-    """Seconds of every stage from start to end where make has written them, else those spent in steps and answers."""
-    if written.exists():
-        rows = [list(line.rsplit(": ", 1)) for line in written.read_text(encoding="utf-8").splitlines()]
-        return ["## Time", markdown_table(["stage", "time"], rows)]
-    seconds = {name: math.fsum(step.get("time/step", math.nan) for step in steps) for name, steps in stages.items()}
-    seconds |= {name: r.get("seconds", math.nan) for name, r in evaluations.items()}
-    rows = [[name, costs.number(s)] for name, s in seconds.items()]
-    return ["## Time", "Spent in training steps and in answering; loading is not counted.",
-            markdown_table(["run", "seconds"], rows)]
+            continue
+        usd = {f"searches at {costs.PAPER_API}": cost["api_usd"][costs.PAPER_API],
+               "search side of the run": cost["bill"]["search_side"],
+               "whole run": cost["bill"]["whole_run"]}
+        bills[name] = {"searches": f"{cost['searches']:,.0f}",
+                       "device": f"{cost['devices']} x {cost['device']}",
+                       "bars": {kind: (x, costs.dollars(x)) for kind, x in usd.items()}}
+    return bills, notes
 
 
 # ---------------------------------------------------------------- ask
-
-SEGMENTS = {"think": "dim", "search": "bold cyan", "answer": "bold green"}
-
-
-class Aloud:
-    """A generator and an engine that print all that passes through them."""
-
-    concurrent = False
-
-    def __init__(self, generator: Generator, engine: SearchEngine | None, tokenizer):
-        self.generator, self.engine, self.tokenizer = generator, engine, tokenizer
-
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Generation]:
-        generations = self.generator.generate(prompts, sampling, seeds)
-        for generation in generations:
-            text = Text(self.tokenizer.decode(generation.ids, skip_special_tokens=True).strip())
-            for tag, style in SEGMENTS.items():
-                text.highlight_regex(re.compile(rf"<{tag}>.*?(</{tag}>|$)", re.DOTALL), style)
-            Console().print(text)
-        return generations
-
-    def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
-        results = self.engine.search(requests)
-        for result in results:
-            documents = [neutralize(document, self.tokenizer) for document in result.documents]
-            Console().print(Text(format_documents(documents), style="yellow"))
-        return results
-
 
 @dataclass(frozen=True, kw_only=True)
 class AskSettings(SearchSettings, EpisodeSettings):
@@ -760,13 +681,14 @@ class AskSettings(SearchSettings, EpisodeSettings):
 
 @command(app, AskSettings)
 def ask(s: AskSettings) -> None:
-    """Watch the agent answer one question: thoughts dim, searches blue, documents yellow, the answer green."""
+    """Watch the agent answer a question: thoughts dim, searches blue, documents yellow."""
     generator = load_generator(s.model, s.generator)
     aloud = Aloud(generator, ENGINES[s.engine].make(s), generator.tokenizer)
     engine = aloud if aloud.engine else None
     setup = Setup(aloud, engine, load_prompts(s.prompts), s, s.seed)
     (episode,) = agent([{"id": "ask", "question": s.question, "golden_answers": []}], setup)
-    Console().print(Text(f"\n{episode.answer or 'no answer'}", style="bold"), Text(f"({episode.searches} searches)"))
+    answer = Text(f"\n{episode.answer or 'no answer'}", style="bold")
+    Console().print(answer, Text(f"({episode.searches} searches)"))
 
 
 if __name__ == "__main__":

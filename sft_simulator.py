@@ -1,4 +1,4 @@
-"""Chapter 1: a language model learns to be a search engine (ZeroSearch, arXiv 2505.04588, section 3.2).
+"""Chapter 1: a language model learns to be a search engine (arXiv 2505.04588, section 3.2).
 
 \b
     label   trajectories of an agent on a real engine  ->  pairs (query, quality, documents)
@@ -7,18 +7,16 @@
     search  ask any engine one query, and look
 
 \b
-    python sft_simulator.py label runs/demo/trajectories/predictions.jsonl --out runs/demo/pairs.jsonl
-    python sft_simulator.py train runs/demo/pairs.jsonl --out runs/demo/simulator --lr 3e-4
+    python sft_simulator.py label runs/demo/trajectories/predictions.jsonl --out pairs.jsonl
+    python sft_simulator.py train pairs.jsonl --out runs/simulator --lr 3e-4
     python sft_simulator.py search "capital of France" --engine bm25
-    python sft_simulator.py search "capital of France" --engine http --url http://localhost:8000/retrieve
 """
 
-import json
 import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,17 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from rich.console import Console
-from rich.table import Table
 
-from plumbing.cli import (Settings, UserError, argument, command, console, leave, make_app, option,
-                          print_table, progress_bar, run_cli)
+from plumbing.cli import (CommonSettings, UserError, argument, command, console, leave, make_app,
+                          option, print_documents, print_table, progress_bar, run_cli)
 from plumbing.engines import (ENGINES, QUERY_CHARACTERS, Engine, EngineSettings, Quality,
                               SearchRequest, SearchResult)
-from plumbing.files import append_jsonl, draw_seed, open_run, read_jsonl, write_jsonl
+from plumbing.files import (append_jsonl, draw_seed, open_run, read_jsonl, write_json,
+                            write_jsonl)
 from plumbing.generate import Generator, Sampling
-from plumbing.models import load_model, load_tokenizer, make_accelerator, save_model, simulator_tuning
+from plumbing.metrics import agreement
+from plumbing.models import (load_model, load_tokenizer, make_accelerator, save_model,
+                             simulator_tuning)
 from plumbing.remote import OutsideError, chat_verdicts, is_server
 from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate, micro_batches, same_count
 from plumbing.served import load_generator
@@ -46,7 +45,7 @@ from plumbing.text import (BRACKETS, ROOT, Prompts, clean, contains_answer, enco
 app = make_app(__doc__)
 
 MODEL_OR_SERVER = "a folder, a Hub id, smollm2, or http://host:port/v1 (replicas comma separated)"
-DEMO_SIMULATOR = str(ROOT / "runs" / "demo" / "simulator" / "model")  # where `make demo` leaves it
+DEMO_SIMULATOR = str(ROOT / "runs/demo/simulator/model")  # where `make demo` leaves it
 
 
 # ---------------------------------------------------------------- the simulator
@@ -66,9 +65,11 @@ def format_documents(documents: list[str]) -> str:
 
 def simulator_prompt(tokenizer, prompts: dict[str, str], request: SearchRequest, k: int,
                      words: int) -> list[int]:
-    """The simulator's prompt as token ids, for k documents of so many words (paper, Table 2).
+    """The simulator's prompt as token ids, after the paper's Table 2. Wording: data/prompts.toml.
 
-    It names the quality twice: in the instruction, and in the heading that the model continues."""
+    user: Write 3 documents of about 25 words with noisy information: on the topic, but without ...
+          The user's question: Who ...? (answer: Ann or Anna) Query: ...
+    The model continues a reply that begins "Noisy output:"; so the quality stands twice."""
     values = {
         "k": k,
         "words": words,
@@ -79,18 +80,16 @@ def simulator_prompt(tokenizer, prompts: dict[str, str], request: SearchRequest,
         "answer": neutralize(" or ".join(request.golden_answers[:5]), tokenizer),
         "query": neutralize(request.query[:QUERY_CHARACTERS], tokenizer),
     }
-    heading = fill(prompts["heading"], **values)
-    heading += "\n" * bool(heading)
-    system, user = (fill(prompts[part], **values) for part in ("system", "user"))
-    return prompt_ids(tokenizer, system, user, start=heading)
+    parts = ("system", "user", "heading")
+    system, user, heading = (fill(prompts[part], **values) for part in parts)
+    return prompt_ids(tokenizer, system, user, start=heading + "\n" * bool(heading))
 
 
 class SimulatedEngine:
-    """A language model that plays the search engine: k documents, useful or noisy as the request says.
+    """A language model that plays the search engine: k documents, useful or noisy as requested.
 
-    Malformed output (not k documents, or cut at max_tokens) is asked for once more; what comes then
-    is taken as far as it parses. A request that a served simulator can't answer gives a result with
-    `error`. Source: paper, section 3.2."""
+    Malformed output (not k documents, or cut) is asked for once more; what comes then is taken as
+    far as it parses. What a served simulator can't answer has an `error`. Paper, section 3.2."""
 
     name = "simulator"
 
@@ -129,12 +128,6 @@ class SimulatedEngine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonSettings(Settings):
-    prompts: Path | None = option(None, "TOML file that rewords templates of data/prompts.toml.")
-    seed: int = option(0, "Seed of everything that is drawn.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class SimulatorSettings(CommonSettings):
     """A simulator, and how it is asked. What is left open is read from its folder."""
 
@@ -164,11 +157,8 @@ class SearchSettings(EngineSettings, SimulatorSettings):
     """Which engine answers searches: a real one or a simulator."""
 
 
-def simulator_missing(s: SearchSettings) -> str | None:
-    return None if s.simulator else f"--simulator: {MODEL_OR_SERVER}"
-
-
-ENGINES["simulator"] = Engine(lambda s: load_simulator(s, s.top_k), simulator_missing)
+ENGINES["simulator"] = Engine(lambda s: load_simulator(s, s.top_k), lambda s: (
+    None if s.simulator else f"--simulator: {MODEL_OR_SERVER}"))
 
 
 # ---------------------------------------------------------------- label: the tuning set
@@ -178,14 +168,14 @@ ENGINES["simulator"] = Engine(lambda s: load_simulator(s, s.top_k), simulator_mi
 class Pair:
     """One example of the tuning set: documents of one quality for one query.
 
-    `target` holds the answers to the *query*: for a bridge query they differ from the question's."""
+    target: the answers to the *query*; a bridge query asks for another fact than the question."""
 
     question: str
     golden_answers: list[str]
     query: str
     target: list[str]
     quality: Quality
-    documents: list[str] = field(default_factory=list)
+    documents: list[str]
 
     def request(self, seed: int = 0) -> SearchRequest:
         answers = tuple(self.golden_answers)
@@ -195,7 +185,7 @@ class Pair:
 def label_pairs(records: list[dict[str, Any]], k: int) -> list[Pair]:
     """Pairs of the turns of trajectories. Documents are useful if they hold what the query asks.
 
-    A turn may carry documents of deeper ranks: those that lack the answer make the query's noisy twin."""
+    An evaluation with a larger --top-k leaves deeper ranks in a turn: they make a noisy twin."""
     pairs = []
     for record in records:
         for turn in record["turns"]:
@@ -214,15 +204,13 @@ def label_pairs(records: list[dict[str, Any]], k: int) -> list[Pair]:
 
 def judge_pairs(pairs: list[Pair], address: str, model: str | None,
                 prompts: dict[str, str]) -> list[Pair | None]:
-    """The pairs with the quality that a served language model sees in them (the paper's way).
-
-    None where it named neither quality, or both. Raises OutsideError if the server fails for good."""
+    """The pairs with the quality that a served model sees in them; None for neither, or both."""
     questions = []
     for pair in pairs:
-        values = {"question": pair.question, "query": pair.query,
-                  "answer": " or ".join(pair.target[:5]),
-                  "documents": format_documents([clean(text, 20_000) for text in pair.documents])}
-        # No brackets: a document must not speak to the judge in its control tokens, whichever those are.
+        documents = format_documents([clean(text, 20_000) for text in pair.documents])
+        values = {"question": pair.question, "query": pair.query, "documents": documents,
+                  "answer": " or ".join(pair.target[:5])}
+        # No brackets: a document must not speak to the judge in its own control tokens.
         safe = {name: value.translate(BRACKETS) for name, value in values.items()}
         questions.append((fill(prompts["system"]), fill(prompts["user"], **safe)))
     verdicts = chat_verdicts(address, model, questions, words=("useful", "noisy"))
@@ -230,28 +218,15 @@ def judge_pairs(pairs: list[Pair], address: str, model: str | None,
             for pair, verdict in zip(pairs, verdicts, strict=True)]
 
 
-def show_agreement(by_rule: list[Pair], by_model: list[Pair | None]) -> None:
-    """Print how far the two judges agree: share, and Cohen's kappa (1960), the share beyond chance."""
-    both = [(a.quality == "useful", b.quality == "useful") for a, b in zip(by_rule, by_model) if b]
-    console.print(f"{len(by_model) - len(both)} pairs left out: "
-                  "the model's verdict was neither useful nor noisy")
-    if both:
-        rule, model = np.array(both, dtype=float).T  # (N,), (N,)
-        agreed = np.mean(rule == model)
-        chance = rule.mean() * model.mean() + (1 - rule.mean()) * (1 - model.mean())
-        kappa = (agreed - chance) / (1 - chance) if chance < 1 else float("nan")
-        console.print(f"the rule and the model agree on {100 * agreed:.1f} % of {len(both)} pairs "
-                      f"(Cohen's kappa {kappa:.2f})")
-
-
 def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
-    """As many useful pairs as noisy ones; queries that come in both qualities first, side by side."""
+    """As many useful pairs as noisy ones; queries that come in both qualities first."""
     by_query: dict[str, dict[str, Pair]] = {}
     for pair in pairs:
         by_query.setdefault(pair.query, {}).setdefault(pair.quality, pair)
     queries = sorted(by_query)
     random.Random(seed).shuffle(queries)
-    twins = [(by_query[q]["useful"], by_query[q]["noisy"]) for q in queries if len(by_query[q]) == 2]
+    both = [by_query[q] for q in queries if len(by_query[q]) == 2]
+    twins = [(pair["useful"], pair["noisy"]) for pair in both]
     useful, noisy = ([by_query[q][quality] for q in queries if list(by_query[q]) == [quality]]
                      for quality in ("useful", "noisy"))
     twins += list(zip(useful, noisy))  # the longer list's surplus is left out
@@ -264,8 +239,8 @@ class LabelSettings(CommonSettings):
     out: Path = option(help="Where the pairs go (JSONL).")
     top_k: int = option(3, "Documents of a pair.", low=1)
     limit: int | None = option(None, "Keep at most so many pairs.", low=1)
-    judge: str | None = option(None, "A server, http://host:port/v1, whose model judges in place of the rule.")
-    judge_model: str | None = option(None, "The model's name there; by default the first it serves.")
+    judge: str | None = option(None, "http://host:port/v1 of a model that judges.")
+    judge_model: str | None = option(None, "The model's name there; by default the first.")
 
     def check(self) -> None:
         super().check()
@@ -275,16 +250,18 @@ class LabelSettings(CommonSettings):
 
 @command(app, LabelSettings)
 def label(s: LabelSettings) -> None:
-    """Turn trajectories into the tuning set: a pair is useful if its documents hold what the query asks.
+    """Turn trajectories into the tuning set: documents that hold what is asked are useful.
 
-    The rule looks for the answer in the documents. A language model as judge reads them (the paper's way)."""
+    The rule looks for the answer in them; a language model as judge (the paper's) reads them."""
     prompts = load_prompts(s.prompts)
-    fields = ("question", "golden_answers", "turns")
-    records = [row for path in s.predictions for row in read_jsonl(path, required=fields)]
+    needed = ("question", "golden_answers", "turns")
+    records = [row for path in s.predictions for row in read_jsonl(path, required=needed)]
     pairs = label_pairs(records, s.top_k)
     if s.judge and pairs:
         by_rule, pairs = pairs, judge_pairs(pairs, s.judge, s.judge_model, prompts["judge"])
-        show_agreement(by_rule, pairs)
+        both = [(a.quality, b.quality) for a, b in zip(by_rule, pairs) if b]
+        console.print(f"{len(pairs) - len(both)} pairs left out: the model's verdict was neither "
+                      f"useful nor noisy\nthe rule and the model {agreement(both)}")
     pairs = balance([pair for pair in pairs if pair is not None], s.limit, s.seed)
     if not pairs:
         names = ", ".join(map(str, s.predictions))
@@ -298,17 +275,17 @@ def label(s: LabelSettings) -> None:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    names = ("question", "golden_answers", "query", "target", "quality", "documents")
+    names = [part.name for part in fields(Pair)]
     return [Pair(**{name: row[name] for name in names}) for row in read_jsonl(path, names)]
 
 
 def read_tuning_set(path: Path) -> list[Pair] | list[dict[str, str]]:
-    """Pairs as `label` writes them, or whole texts: `prompt, response` a line, as of data/prepare.py."""
+    """Pairs of `label`, or whole texts: `prompt, response` a line, as of data/prepare.py."""
     rows = read_jsonl(path)
     if "prompt" not in rows[0]:
         return read_pairs(path)
     for number, row in enumerate(rows, start=1):
-        texts = [row.get(name) for name in ("prompt", "response")]
+        texts = (row.get("prompt"), row.get("response"))
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{path}:{number}: prompt and response must be texts, and not empty")
     return rows
@@ -344,10 +321,9 @@ class TuningSettings(CommonSettings):
 
 def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
                      s: TuningSettings) -> None:
-    """Maximum likelihood of the masked tokens, in place. Every masked token of a step weighs the same.
+    """Maximum likelihood of the masked tokens, in place; all tokens of a step weigh the same.
 
-    The learning rate rises over the first 5 % of the steps, then falls linearly towards 0. Appends
-    one line a step to OUT/metrics.jsonl: loss in nats a token."""
+    Appends one line a step to OUT/metrics.jsonl: loss in nats a token."""
     if not sequences:
         raise UserError("there is nothing to train on")
     scorer = TokenScorer(model.train())
@@ -404,7 +380,7 @@ def supervised_gradient(accelerator: Accelerator, scorer, batch: list[Sequence],
 
 
 def fine_tune(model, tokenizer, sequences: list[Sequence], s: TuningSettings) -> None:
-    """A supervised stage, once its sequences are there: run folder, training, the model in OUT/model."""
+    """A supervised stage: run folder, training, the model in OUT/model."""
     accelerator = make_accelerator()
     if accelerator.is_main_process:
         open_run(s.out, s.record(), s.overwrite)
@@ -421,7 +397,7 @@ def fine_tune(model, tokenizer, sequences: list[Sequence], s: TuningSettings) ->
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(TuningSettings):
-    pairs: Path = argument("The tuning set: written by label, or JSONL of prompt and response.")
+    pairs: Path = argument("The tuning set: of label, or JSONL of prompt and response.")
     words: int = option(25, "Words a document, as the prompt asks.", low=1)
     temperature: float = option(0.8, "At which it will be asked; saved with the model.", low=0)
 
@@ -448,42 +424,39 @@ class ProbeSettings(SimulatorSettings):
 
 @command(app, ProbeSettings)
 def probe(s: ProbeSettings) -> None:
-    """Measure a simulator: does useful output hold what the query asks, does noisy output hold it back?"""
+    """Measure a simulator: the share of useful, and of noisy, outputs that hold what is asked."""
     pairs = read_pairs(s.pairs)
     engine = load_simulator(s, k=len(pairs[0].documents))
-    results: list[SearchResult] = []
+    results = []
     with progress_bar() as bar:
         task = bar.add_task("probe", total=len(pairs), info="")
         for start in range(0, len(pairs), 64):
             batch = pairs[start : start + 64]
             requests = [pair.request(draw_seed(s.seed, start + i)) for i, pair in enumerate(batch)]
-            results += engine.ask(requests)  # no retry: the share that parses belongs to the simulator
+            results += engine.ask(requests)  # no retry: what does not parse counts
             if errors := [result.error for result in results if result.error]:
                 raise UserError(errors[0])
             bar.update(task, advance=len(batch))
-    figures = probe_figures(pairs, results)
-    show_probe(figures)
+    show_probe(figures := probe_figures(pairs, results))
     if s.out:
-        s.out.parent.mkdir(parents=True, exist_ok=True)
-        s.out.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(s.out, figures)
 
 
 def probe_figures(pairs: list[Pair], results: list[SearchResult]) -> dict[str, Any]:
     """Shares (0 to 1) of outputs that hold the query's answer, by quality and kind of query.
 
-    gives_away: of the outputs for bridge queries, the share that holds the question's answer, a hop
-    too early. parses: the share that is just the documents asked for."""
-    held: dict[str, list[bool]] = {}
-    early = []
+    gives_away: the share of outputs for bridge queries that hold the question's answer."""
+    held, early = {}, []
     for pair, result in zip(pairs, results, strict=True):
         text, is_final = "\n".join(result.documents), pair.target == pair.golden_answers
         kind = f"{pair.quality}/{'final' if is_final else 'bridge'}"
         held.setdefault(kind, []).append(contains_answer(text, pair.target))
         if not is_final:
             early.append(contains_answer(text, pair.golden_answers))
-    words = [len(document.split()) for result in results for document in result.documents]
+    words = [len(text.split()) for result in results for text in result.documents]
     return {
-        "holds_answer": {kind: {"share": float(np.mean(v)), "n": len(v)} for kind, v in sorted(held.items())},
+        "holds_answer": {kind: {"share": float(np.mean(values)), "n": len(values)}
+                         for kind, values in sorted(held.items())},
         "gives_away": {"share": float(np.mean(early)) if early else 0.0, "n": len(early)},
         "parses": float(np.mean([result.well_formed for result in results])),
         "words_per_document": float(np.mean(words)) if words else 0.0,
@@ -495,7 +468,8 @@ def show_probe(figures: dict[str, Any]) -> None:
     rows = [[kind, str(entry["n"]), f"{100 * entry['share']:.1f} %"]
             for kind, entry in figures["holds_answer"].items()]
     print_table("simulator", ["output", "n", "holds what the query asks"], rows)
-    print(f"bridge queries answered with the question's answer: {100 * figures['gives_away']['share']:.1f} %\n"
+    print(f"bridge queries answered with the question's answer: "
+          f"{100 * figures['gives_away']['share']:.1f} %\n"
           f"parses into the documents asked for: {100 * figures['parses']:.1f} %\n"
           f"words per document: {figures['words_per_document']:.1f}")
 
@@ -510,7 +484,7 @@ class OneSearchSettings(SearchSettings):
 
 @command(app, OneSearchSettings)
 def search(s: OneSearchSettings) -> None:
-    """Send one query to an engine and print what comes back; a simulator answers in both qualities."""
+    """Send one query to an engine, print what it finds; a simulator answers in both qualities."""
     requests = [SearchRequest(s.query)]
     if s.engine == "simulator":
         requests = [SearchRequest(s.query, s.question or s.query, tuple(s.answer), quality, s.seed)
@@ -519,10 +493,7 @@ def search(s: OneSearchSettings) -> None:
         if result.error:
             raise UserError(result.error)
         title = f"{s.engine}, {request.quality}" if s.engine == "simulator" else s.engine
-        table = Table("#", "document", title=f"{s.query}  ({title})", show_lines=True)
-        for number, document in enumerate(result.documents, start=1):
-            table.add_row(str(number), document)
-        Console().print(table)
+        print_documents(f"{s.query}  ({title})", result.documents)
 
 
 if __name__ == "__main__":

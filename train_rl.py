@@ -1,17 +1,17 @@
-"""Chapter 2: a policy learns by reinforcement learning to think, search and answer (ZeroSearch, section 3).
+"""Chapter 2: a policy learns by RL to think, search and answer (ZeroSearch, section 3).
 
 \b
     warmup    recorded trajectories teach a model too small to follow the template unprompted
     train     the loop: collect episodes, learn from them, record what happened
     schedule  the curriculum: the share of noisy searches at each step
 
-`train`, at the bottom, is the loop. `collect` lets the policy talk to a search engine for some turns
-and scores its answers; `learn` says which tokens did better than expected (`estimate_targets`) and
-makes them likelier (`train_epoch`). Documents are read, never trained.
+`train`, at the bottom, is the loop. `collect` lets the policy talk to a search engine for some
+turns and scores its answers; `learn` says which tokens did better than expected
+(`estimate_targets`) and makes them likelier (`train_epoch`). Documents are read, never trained.
 
 \b
     python train_rl.py train --data data/world/train.jsonl --model runs/demo/warmup/model \\
-        --engine simulator --simulator runs/demo/simulator/model --out runs/demo/policy
+        --simulator runs/demo/simulator/model --out runs/demo/policy
     accelerate launch train_rl.py train ...     # any number of devices, by Accelerate's own config
 """
 
@@ -30,26 +30,26 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import costs
-from plumbing.checkpoints import Checkpoints, check_tracker, find_checkpoint
-from plumbing.cli import (Settings, UserError, argument, command, console, make_app, option,
-                          preset_callback, progress_bar, run_cli)
-from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest
-from plumbing.files import append_jsonl, draw_seed, open_run, read_jsonl, read_questions
+from plumbing.checkpoints import Checkpoints, check_tracker, find_checkpoint, start_tracker
+from plumbing.cli import (CommonSettings, Settings, UserError, argument, command, console, make_app,
+                          option, preset_callback, progress_bar, run_cli)
+from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, check_failures
+from plumbing.files import (append_jsonl, check_no_run, draw_seed, open_run, read_jsonl,
+                            read_questions)
 from plumbing.generate import Generator, Sampling
+from plumbing.metrics import collapse_warning, rollout_metrics, update_metrics
 from plumbing.models import (load_model, load_tokenizer, load_trained, make_accelerator,
                              named_weights, prepare_reference, save_model, whole)
-from plumbing.rates import Pass, PhaseClock, peak_flops, rates
-from plumbing.scorer import (NOTHING, Critic, Sequence, TokenScorer, collate, micro_batches,
-                             same_count)
+from plumbing.ranks import Pass, Worker, balance_over_ranks, pad, unpad
+from plumbing.rates import PhaseClock, peak_flops, rates
+from plumbing.scorer import Critic, Sequence, TokenScorer, collate, micro_batches, same_count
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, Prompts, encode, exact_match, f1_score, fill, load_prompts,
                            neutralize, prompt_ids)
-from sft_simulator import CommonSettings, SearchSettings, TuningSettings, fine_tune, format_documents
+from sft_simulator import SearchSettings, TuningSettings, fine_tune, format_documents
 
 app = make_app(__doc__)
 
@@ -110,20 +110,22 @@ class Episode:
         return asdict(self)
 
     def trained_mask(self, mask_documents: bool) -> list[int]:
-        """1 where a token is trained: the policy's own; without document masking (the paper's Table 7)
-        all but the prompt. Loss, KL, entropy, advantages and values all follow."""
+        """1 where a token is trained: the policy's own; without document masking (Table 7) all but
+        the prompt. Loss, KL, entropy, advantages and values all follow."""
         if self.end == "failed":
             return [0] * len(self.ids)
-        after_prompt = [0] * self.prompt_tokens + [1] * (len(self.ids) - self.prompt_tokens)
+        after_prompt = [int(i >= self.prompt_tokens) for i in range(len(self.ids))]
         return self.mask if mask_documents else after_prompt
 
 
 def new_episode(row: dict[str, Any], sample: int, tokenizer, prompts: Prompts,
                 search: bool = True) -> Episode:
-    """An episode that holds its prompt and nothing else; `search`: whether the template offers it."""
+    """An episode that holds its prompt alone; `search`: whether the template offers it."""
     template = prompts["policy" if search else "policy_without_search"]
+    # neutralize: no control tag and no special token from outside survives
     user = fill(template["user"], question=neutralize(row["question"], tokenizer))
-    episode = Episode(str(row["id"]), row["question"], row["golden_answers"], row.get("hops"), sample)
+    episode = Episode(str(row["id"]), row["question"], row["golden_answers"], row.get("hops"))
+    episode.sample = sample
     episode.read(prompt_ids(tokenizer, fill(template["system"]), user))
     episode.prompt_tokens = len(episode.ids)
     return episode
@@ -161,9 +163,7 @@ class Setup:
     limits: EpisodeSettings
     seed: int = 0
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.generator.tokenizer
+    tokenizer = property(lambda self: self.generator.tokenizer)
 
 
 def parse_action(text: str) -> tuple[Literal["search", "answer", "invalid"], str]:
@@ -177,19 +177,18 @@ def parse_action(text: str) -> tuple[Literal["search", "answer", "invalid"], str
 def observation_ids(tokenizer, documents: list[str], limit: int) -> list[int]:
     """Documents as the policy reads them, cut to `limit` tokens. The tags are never cut."""
     text = format_documents([neutralize(document, tokenizer) for document in documents])
-    opening = encode(tokenizer, "\n<information>\n")
-    closing = encode(tokenizer, "\n</information>\n")
+    opening, closing = (encode(tokenizer, f"\n<{slash}information>\n") for slash in ("", "/"))
     room = max(0, limit - len(opening) - len(closing))
     return opening + encode(tokenizer, text)[:room] + closing
 
 
 def noise_quality(p: float, seed: int, step: int, episode: Episode, turn: int) -> Quality:
-    """Draw whether a search is noisy: a function of the arguments, whatever the order of threads."""
+    """Draw whether a search is noisy: a function of the arguments, not of threads' order."""
     draw = random.Random(draw_seed("noise", seed, step, episode.id, episode.sample, turn)).random()
     return "noisy" if draw < p else "useful"
 
 
-CONCURRENT_EPISODES = 256  # threads; each waits for a generator or a search most of the time
+CONCURRENT_EPISODES = 256  # threads, which mostly wait
 NO_CLOCK = lambda phase: nullcontext()  # noqa: E731
 
 
@@ -197,9 +196,8 @@ def rollout(episodes: list[Episode], setup: Setup, *, noise: float = 0.0, step: 
             clock: Callable = NO_CLOCK) -> None:
     """Play the episodes to their end, in place (paper, section 3.3). noise: the curriculum's p.
 
-    A generator that takes requests at any time gets each episode in a thread of its own: it goes on
-    when its documents arrive, and decoding and searches overlap. Others play all episodes in
-    lockstep, in a fixed order. Seeds and noise draws are the same either way."""
+    With a generator that takes requests at any time, each episode has a thread of its own; others
+    play all episodes in lockstep. Seeds and noise draws are the same either way."""
     if not setup.generator.concurrent:
         play(episodes, setup, noise, step, clock)
         return
@@ -210,8 +208,8 @@ def rollout(episodes: list[Episode], setup: Setup, *, noise: float = 0.0, step: 
 def play(episodes: list[Episode], setup: Setup, noise: float, step: int, clock: Callable) -> None:
     """Play episodes to their end, in place, one turn of all of them at a time.
 
-    In `max_searches` turns the policy may search (an invalid action uses its turn up), in a last one
-    it may only answer. An episode whose context has no room for a turn ends there."""
+    In `max_searches` turns the policy may search (an invalid action uses one up), in a last one it
+    may only answer. An episode whose context has no room for a turn ends there."""
     limits, active = setup.limits, episodes
     for turn in range(limits.max_searches + 1):
         for episode in active:
@@ -241,12 +239,11 @@ def write_turn(active: list[Episode], setup: Setup, step: int, turn: int) -> Non
     generations = setup.generator.generate([e.ids for e in active], sampling, seeds)
     for episode, generation in zip(active, generations, strict=True):
         episode.write(generation.ids, generation.logprobs)
-        text = setup.tokenizer.decode(generation.ids)
-        episode.turns.append(Turn(text, "invalid"))
+        episode.turns.append(Turn(setup.tokenizer.decode(generation.ids), "invalid"))
 
 
 def act(episode: Episode, setup: Setup, turn: int) -> None:
-    """Say what the text of the last turn means: an answer, a query, or nothing valid."""
+    """What the text of the last turn means: an answer, a query, or nothing valid."""
     written = episode.turns[-1]
     written.action, content = parse_action(written.text)
     if written.action == "search" and setup.engine is None:
@@ -267,9 +264,8 @@ def search_turn(searching: list[Episode], setup: Setup, step: int = 0) -> None:
         return
     requests = []
     for e in searching:
-        turn = e.turns[-1]
+        turn, answers = e.turns[-1], tuple(e.golden_answers)
         seed = draw_seed("search", setup.seed, step, e.id, e.sample, len(e.turns))
-        answers = tuple(e.golden_answers)
         requests.append(SearchRequest(turn.query, e.question, answers, turn.quality, seed))
     for episode, result in zip(searching, setup.engine.search(requests), strict=True):
         if result.error:
@@ -293,23 +289,13 @@ def read_notices(episode: Episode, setup: Setup, last: bool) -> None:
         episode.read(encode(setup.tokenizer, fill(template["last_turn"]) + "\n"))
 
 
-def check_failures(errors: list[str | None], before: int, allowed: int) -> None:
-    """Raises UserError if more searches failed than a run may bear, or none of these succeeded.
-
-    An episode whose search failed says nothing of its policy: it is counted, not scored or trained."""
-    failed = [error for error in errors if error]
-    if before + len(failed) > allowed or (failed and len(failed) == len(errors)):
-        raise UserError(f"{before + len(failed)} searches failed (--failed-searches allows {allowed}): "
-                        f"{failed[-1]}")
-
-
 # ---------------------------------------------------------------- reward
 
 
 # What --reward offers: a function of the whole episode. Your own: one entry more.
 REWARDS: dict[str, Callable[[Episode], float]] = {
-    "f1": lambda episode: f1_score(episode.answer, episode.golden_answers),
-    "em": lambda episode: exact_match(episode.answer, episode.golden_answers),
+    "f1": lambda e: f1_score(e.answer, e.golden_answers),
+    "em": lambda e: exact_match(e.answer, e.golden_answers),
 }
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<(search|answer)>[^<]*</\1>\s*", re.DOTALL)
 
@@ -317,8 +303,7 @@ WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<(search|answer)>[^<]*</\1>\s
 def score(episode: Episode, reward: str = "f1") -> None:
     """Fill in the reward and, for the metrics, its parts."""
     episode.scores = {
-        "f1": f1_score(episode.answer, episode.golden_answers),
-        "em": exact_match(episode.answer, episode.golden_answers),
+        **{name: REWARDS[name](episode) for name in ("f1", "em")},
         "answered": float(episode.answer is not None),
         "format": float(all(WELL_FORMED.fullmatch(turn.text) for turn in episode.turns)),
     }
@@ -328,12 +313,8 @@ def score(episode: Episode, reward: str = "f1") -> None:
 # ---------------------------------------------------------------- curriculum
 
 
-# What --curriculum offers: a function (step, settings) -> p, the share of noisy searches. Your own: one entry more.
-CURRICULA: dict[str, Callable[[int, "CurriculumSettings"], float]] = {
-    "exponential": lambda step, s: exponential(step, s),
-    "constant": lambda step, s: s.p_end,
-    "random": lambda step, s: uniform(step, s),
-}
+# What --curriculum offers: (step, settings) -> p, the share of noisy searches; filled below.
+CURRICULA: dict[str, Callable[[int, "CurriculumSettings"], float]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +342,9 @@ def uniform(step: int, s: CurriculumSettings) -> float:
     return random.Random(draw_seed("curriculum", s.seed, step)).uniform(s.p_start, s.p_end)
 
 
+CURRICULA |= {"exponential": exponential, "constant": lambda step, s: s.p_end, "random": uniform}
+
+
 # ---------------------------------------------------------------- advantages (pure functions)
 
 
@@ -373,10 +357,10 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def grpo_advantages(rewards: Tensor, scale: bool) -> Tensor:
-    """Reward minus its group's mean, over its standard deviation. (P, G) -> (P, G).
+    """Reward minus its group's mean, over its standard deviation (of G - 1). (P, G) -> (P, G).
 
-    GRPO, DeepSeekMath, section 4.1.2. Without `scale`: Dr. GRPO (Liu et al. 2025), which drops the
-    division that favours prompts of little variance."""
+    GRPO, DeepSeekMath, section 4.1.2. Without `scale`, as in Dr. GRPO (Liu et al. 2025), no
+    division: it favours prompts of little variance."""
     centred = rewards - rewards.mean(1, keepdim=True)
     scaled = centred / (rewards.std(1, keepdim=True) + 1e-6) if scale else centred
     return zero_where_equal(scaled, rewards)
@@ -389,22 +373,23 @@ def zero_where_equal(advantages: Tensor, rewards: Tensor) -> Tensor:
 
 
 def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """The reward at the last policy token, minus the KL penalty at each. (B,), (B, L) x 2 -> (B, L).
+    """The reward at the last policy token, minus the KL penalty at each. (B,), (B, L) -> (B, L).
 
-    PPO in RLHF (Ouyang et al. 2022, eq. 2), REINFORCE++ (Hu 2025, eq. 3). kl: k1, log pi - log ref."""
+    PPO in RLHF (Ouyang et al. 2022, eq. 2), REINFORCE++ (Hu 2025, eq. 3). kl: log pi - log ref."""
     last = mask.long().sum(1) - 1  # (B,)
     per_token = -kl_coef * kl * mask
-    final = (rewards * (last >= 0))[:, None].to(per_token.dtype)
+    final = (rewards.to(kl) * (last >= 0))[:, None].to(per_token.dtype)
     return per_token.scatter_add(1, last.clamp(min=0)[:, None], final)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16). (B, L) -> advantages, returns.
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+        lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16). -> advantages, returns.
 
-    The L columns are policy tokens alone, packed to the left: a document between two is not there."""
+    All (B, L): policy tokens alone, packed to the left. A document between two is not there."""
     advantages = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])
-    following = torch.zeros_like(rewards[:, 0])  # the value of the next policy token, 0 after the last
+    following = torch.zeros_like(rewards[:, 0])  # value of the next policy token, 0 after the last
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]
         running = (delta + gamma * lam * running) * mask[:, t]
@@ -420,7 +405,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def whiten(values: Tensor, mean: Tensor, std: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over the global batch, whose moments are given. (B, L) -> (B, L)."""
+    """Zero mean and unit variance over the global batch, whose moments are given. All (B, L)."""
     return (values - mean) / (std + 1e-8) * mask
 
 
@@ -440,12 +425,16 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(pi_trainer / pi_sampler, cap), for two engines never compute quite the same. All (N,)."""
+    """min(pi_trainer / pi_sampler, cap), for two engines never compute quite the same. All (N,).
+
+    1 with a cap of 0, which turns the correction off."""
+    if not cap:
+        return torch.ones_like(old_logprobs)
     return (old_logprobs - sampler_logprobs).exp().clamp(max=cap).detach()
 
 
 def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """KL(policy || reference) a token: e^d - d - 1 with d = log ref - log pi, never negative. All (N,).
+    """KL(policy || reference) a token: e^d - d - 1 with d = log ref - log pi. All (N,).
 
     Schulman 2020 ("k3"), as in GRPO (DeepSeekMath, eq. 4). It is *added* to the loss."""
     difference = reference_logprobs - logprobs
@@ -455,8 +444,9 @@ def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 VALUE_CLIP = 0.5  # as in verl and in PPO's code for RLHF
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = VALUE_CLIP) -> Tensor:
-    """Half the squared error, values clipped to a band around the old ones as in PPO's code. All (N,)."""
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor,
+               clip: float = VALUE_CLIP) -> Tensor:
+    """Half the squared error, values clipped to a band around the old ones. All (N,)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -466,14 +456,14 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 @dataclass
 class Batch:
-    """What an algorithm makes advantages of: B episodes of up to L trained tokens, packed to the left."""
+    """What an algorithm makes advantages of: B episodes of up to L trained tokens, packed left."""
 
     rewards: Tensor  # (B,) float64
-    groups: list[Tensor]  # places of each prompt's episodes, without those whose search failed
-    mask: Tensor  # (B, L): 1 where an episode has a token
+    groups: list[list[int]]  # indices of each prompt's episodes, less those whose search failed
+    mask: Tensor  # (B, L): 1 where an episode has a trained token
     kl: Tensor | None = None  # (B, L): log pi - log ref; with the KL in the reward only
     values: Tensor | None = None  # (B, L): the critic's
-    whiten: Callable[[Tensor], Tensor] | None = None  # over the policy tokens of all ranks
+    whiten: Callable[[Tensor], Tensor] | None = None  # over the trained tokens of all ranks
 
     def by_group(self, advantage: Callable[[Tensor], Tensor]) -> Tensor:
         """advantage((1, G)) -> (1, G) of every group that can be compared, as (B, 1); else 0."""
@@ -485,8 +475,7 @@ class Batch:
 
 
 def reinforce(batch: Batch, s: "TrainSettings") -> tuple[Tensor, None]:
-    """REINFORCE (Williams 1992): return minus a baseline. The paper subtracts none: with rewards in
-    [0, 1] nothing is then ever pushed down."""
+    """Williams 1992. The paper subtracts no baseline: with rewards >= 0 nothing is pushed down."""
     if s.baseline == "none":
         return batch.rewards[:, None], None
     return batch.by_group(leave_one_out), None
@@ -497,13 +486,13 @@ def grpo(batch: Batch, s: "TrainSettings") -> tuple[Tensor, None]:
 
 
 def ppo(batch: Batch, s: "TrainSettings") -> tuple[Tensor, Tensor]:
-    rewards = token_rewards(batch.rewards.to(batch.kl), batch.kl, batch.mask, s.kl_coef)
+    rewards = token_rewards(batch.rewards, batch.kl, batch.mask, s.kl_coef)
     advantages, returns = gae(rewards, batch.values, batch.mask, s.gamma, s.gae_lambda)
     return batch.whiten(advantages), returns
 
 
 def reinforce_plus_plus(batch: Batch, s: "TrainSettings") -> tuple[Tensor, None]:
-    rewards = token_rewards(batch.rewards.to(batch.kl), batch.kl, batch.mask, s.kl_coef)
+    rewards = token_rewards(batch.rewards, batch.kl, batch.mask, s.kl_coef)
     return batch.whiten(discounted_returns(rewards, batch.mask, s.gamma)), None
 
 
@@ -511,7 +500,7 @@ def reinforce_plus_plus(batch: Batch, s: "TrainSettings") -> tuple[Tensor, None]
 class Algorithm:
     """An entry of ALGORITHMS.
 
-    advantages: (batch, settings) -> advantages, (B, L) or (B, 1), and returns (B, L) for a critic."""
+    advantages: (batch, settings) -> advantages (B, L) or (B, 1), and a critic's returns (B, L)."""
 
     advantages: Callable[[Batch, "TrainSettings"], tuple[Tensor, Tensor | None]]
     critic: bool = False
@@ -519,7 +508,9 @@ class Algorithm:
     kl: Literal["loss", "reward"] = "loss"  # where the KL to the reference is paid
 
 
-# What --algorithm offers. GRPO's loss is averaged over all tokens of the batch (DAPO, eq. 8).
+# What --algorithm offers. All share policy_loss, averaged over the batch's tokens (DAPO, eq. 8).
+# REINFORCE, GRPO: one advantage an episode, from its group; k3 in the loss. PPO (GAE, critic),
+# REINFORCE++: an advantage a token; k1 in the reward.
 ALGORITHMS = {
     "reinforce": Algorithm(reinforce),
     "grpo": Algorithm(grpo),
@@ -533,7 +524,7 @@ ALGORITHMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(SearchSettings, EpisodeSettings, CurriculumSettings):
-    """Options of `train`. Defaults: the paper's hyper-parameters, with GRPO."""
+    """Options of `train`. Defaults: the paper's, but for GRPO and REINFORCE's baseline."""
 
     data: Path = option(help="Training questions: JSONL with id, question, golden_answers.")
     out: Path = option(help="Run folder; the policy goes to OUT/model.")
@@ -541,14 +532,14 @@ class TrainSettings(SearchSettings, EpisodeSettings, CurriculumSettings):
     engine: str = option("simulator", "simulator: ZeroSearch; a real engine: Search-R1; none: R1.",
                          choices=ENGINES)
     top_k: int = option(5, "Documents that a search returns.", low=1)
-    failed_searches: int = option(0, "Searches that may fail for good; their episodes are left out.",
-                                  low=0, resumable=True)
+    failed_searches: int = option(0, "Searches that may fail; their episodes are left out.", low=0,
+                                  resumable=True)
     algorithm: str = option("grpo", "How advantages come of rewards.", choices=ALGORITHMS)
     reward: str = option("f1", "What is rewarded.", choices=REWARDS)
     prompts_per_step: int = option(64, "Questions a step, over all processes.", low=1)
     rollouts: int = option(5, "Attempts at each question.", low=1)
     lr: float = option(1e-6, "Learning rate of the policy.", above=0)
-    kl_coef: float = option(0.001, "Weight of the KL to the start model; 0 loads no reference.", low=0)
+    kl_coef: float = option(0.001, "Weight of the KL to the start model; 0: no reference.", low=0)
     clip_low: float = option(0.2, "The ratio is clipped at 1 minus this.", low=0, high=1)
     clip_high: float = option(0.2, "The ratio is clipped at 1 plus this.", low=0)
     epochs: int = option(1, "Optimizer steps on each batch.", low=1)
@@ -564,10 +555,9 @@ class TrainSettings(SearchSettings, EpisodeSettings, CurriculumSettings):
     batch_tokens: int = option(4096, "Tokens a micro-batch; shared beginnings count once.", low=1)
     gradient_checkpointing: bool = option(False, "Less memory, more time.")
     save_every: int = option(50, "Steps between checkpoints.", low=1, resumable=True)
-    logger: str | None = option(None, "Accelerate's tracker: tensorboard, wandb, trackio...", resumable=True)
-    preset: str | None = option(None, "Values of data/presets.toml.", is_eager=True,
-                                callback=preset_callback(ROOT / "data/presets.toml"),
-                                resumable=True)
+    logger: str | None = option(None, "Accelerate's tracker: wandb, trackio...", resumable=True)
+    preset: str | None = option(None, "Values of data/presets.toml.", is_eager=True, resumable=True,
+                                callback=preset_callback(ROOT / "data/presets.toml"))
     show_config: bool = option(False, "Print the settings as JSON, and stop.", resumable=True)
     resume: bool = option(False, "Go on from the last checkpoint in OUT.", resumable=True)
     overwrite: bool = option(False, "Replace the run that --out holds.", resumable=True)
@@ -585,49 +575,19 @@ class TrainSettings(SearchSettings, EpisodeSettings, CurriculumSettings):
 
 
 @dataclass
-class Trainer:
-    """What a step works on. `critic` is there for PPO alone, `reference` only where a KL is paid for."""
+class Trainer(Worker):
+    """What a step works on. A critic is there for PPO alone, a reference where a KL is paid for."""
 
-    accelerator: Accelerator
     policy: nn.Module  # a TokenScorer, prepared by Accelerate
     optimizer: torch.optim.Optimizer
     reference: nn.Module | None = None
     critic: nn.Module | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
     commit: Callable[[], None] = lambda: None  # called before a step first changes a weight
-    work: list[Pass] = field(default_factory=list)  # what was computed since it was last cleared
-
-    def evaluate(self, module: nn.Module, sequences: list[Sequence], budget: int, **kwargs) -> list[Tensor]:
-        """A scorer's or critic's output without gradient, one tensor (L_i,) a sequence."""
-        results: list[Tensor] = [torch.empty(0)] * len(sequences)
-        with torch.no_grad():
-            for part in same_count(self.accelerator, micro_batches(sequences, budget)):
-                batch = [sequences[i] for i in part]
-                out = module(*collate(batch or [NOTHING], self.accelerator.device), **kwargs)
-                out = out[0] if isinstance(out, tuple) else out
-                self.work.append(Pass(module, batch, 2))
-                for i, values in zip(part, out.split([sum(s.mask[1:]) for s in batch] or 1)):
-                    results[i] = values
-        return results
-
-    def total(self, value: float | Tensor) -> float:
-        """The sum over all ranks."""
-        if self.accelerator.num_processes == 1:
-            return float(value)  # without a float64 tensor on the device: Apple's GPUs have none
-        value = torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(value).item()
-
-    def moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the (masked) entries of all ranks."""
-        mask = torch.ones_like(values) if mask is None else mask
-        count = self.total(mask.sum())
-        mean = self.total((values * mask).sum()) / count
-        variance = self.total(((values - mean) ** 2 * mask).sum()) / max(count - 1, 1)
-        return values.new_tensor(mean), values.new_tensor(math.sqrt(variance))
 
 
 def make_trainer(accelerator: Accelerator, s: TrainSettings) -> Trainer:
-    """Policy, critic and reference on the device; float32 master weights, bfloat16 arithmetic."""
+    """Policy, critic and reference on the device; float32 weights, bfloat16 arithmetic."""
 
     def prepare(module: nn.Module, lr: float):
         adam = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -649,7 +609,7 @@ class Targets:
     """What the update aims at, one tensor (L_i,) an episode."""
 
     advantages: list[Tensor]
-    sampler: list[Tensor]  # log-probs of the sampler; NaN at document tokens, which it never sampled
+    sampler: list[Tensor]  # log-probs of the sampler; NaN at tokens that it never sampled
     old: list[Tensor] | None = None  # log-probs before the step; None: the first pass gives them
     reference: list[Tensor] | None = None
     values: list[Tensor] | None = None
@@ -660,51 +620,43 @@ def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode]
                      sequences: list[Sequence]) -> Targets:
     """Advantages of every trained token, with the passes through the models that they need."""
     algorithm, device = ALGORITHMS[s.algorithm], trainer.accelerator.device
-    targets = Targets([], [torch.tensor(sampler_logprobs(*pair), device=device)
-                           for pair in zip(episodes, sequences)])
-    batch = Batch(rewards=torch.tensor([e.reward for e in episodes], dtype=torch.float64),
-                  groups=played_groups(episodes, s.rollouts), mask=policy_columns(targets.sampler))
+
+    def logprobs_of(model: nn.Module) -> list[Tensor]:
+        return trainer.evaluate(model, sequences, s.batch_tokens, temperature=s.temperature)
+
+    columns = [zip(e.logprobs, e.mask, q.mask) for e, q in zip(episodes, sequences)]
+    sampler = [torch.tensor([logprob if sampled else math.nan for logprob, sampled, trained in row
+                             if trained], device=device) for row in columns]
+    targets = Targets([], sampler)
+    rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
+    mask = pad([torch.ones_like(x) for x in sampler])
+    batch = Batch(rewards, played_groups(episodes, s.rollouts), mask)
     if trainer.reference is not None:
-        targets.reference = trainer.evaluate(trainer.reference, sequences, s.batch_tokens,
-                                             temperature=s.temperature)
-    # In a single epoch the policy is still the one that sampled: the update's own pass gives `old`.
+        targets.reference = logprobs_of(trainer.reference)
+    # old: log-probs before the step by the trainer; the sampler's, of another engine, differ a bit.
     if algorithm.kl == "reward" or s.epochs > 1:
-        targets.old = trainer.evaluate(trainer.policy, sequences, s.batch_tokens,
-                                       temperature=s.temperature)
+        targets.old = logprobs_of(trainer.policy)
     if algorithm.kl == "reward":
         pairs = zip(targets.old, targets.reference or targets.old)
-        batch.kl = pad_sequence([old - reference for old, reference in pairs], True)
-        batch.whiten = lambda values: whiten(values, *trainer.moments(values, batch.mask), batch.mask)
+        batch.kl = pad([old - reference for old, reference in pairs])
+        batch.whiten = lambda values: whiten(values, *trainer.moments(values, mask), mask)
     if algorithm.critic:
         targets.values = trainer.evaluate(trainer.critic, sequences, s.batch_tokens)
-        batch.values = pad_sequence(targets.values, True)
+        batch.values = pad(targets.values)
     advantages, returns = algorithm.advantages(batch, s)
-    targets.advantages = unpad(advantages.to(batch.mask).expand_as(batch.mask), targets.sampler)
-    targets.returns = None if returns is None else unpad(returns, targets.sampler)
+    targets.advantages = unpad(advantages.to(mask).expand_as(mask), sampler)
+    targets.returns = None if returns is None else unpad(returns, sampler)
     return targets
 
 
-def sampler_logprobs(episode: Episode, sequence: Sequence) -> list[float]:
-    columns = zip(episode.logprobs, episode.mask, sequence.mask)
-    return [logprob if sampled else math.nan for logprob, sampled, trained in columns if trained]
-
-
-def played_groups(episodes: list[Episode], size: int) -> list[Tensor]:
+def played_groups(episodes: list[Episode], size: int) -> list[list[int]]:
     """The places of each prompt's episodes, less those whose search failed."""
-    played = torch.tensor([e.end != "failed" for e in episodes])
-    return [group[played[group]] for group in torch.arange(len(episodes)).split(size)]
+    groups = [range(len(episodes))[i : i + size] for i in range(0, len(episodes), size)]
+    return [[i for i in group if episodes[i].end != "failed"] for group in groups]
 
 
-def policy_columns(ragged: list[Tensor]) -> Tensor:
-    """1 where the padded matrix of these tensors holds an entry. (B, L)."""
-    return pad_sequence([torch.ones_like(x) for x in ragged], batch_first=True)
-
-
-def unpad(matrix: Tensor, like: list[Tensor]) -> list[Tensor]:
-    return [row[: len(x)] for row, x in zip(matrix, like)]
-
-
-def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode], clock: Callable) -> dict[str, float]:
+def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode],
+           clock: Callable) -> dict[str, float]:
     """One step's optimisation. Every trained token of the global batch weighs the same."""
     sequences = [Sequence(e.ids, e.trained_mask(s.mask_documents)) for e in episodes]
     with clock("reference"):
@@ -725,38 +677,39 @@ def train_epoch(trainer: Trainer, s: TrainSettings, sequences: list[Sequence], t
     """One pass over the batch, which leaves its gradient. Returns sums over this rank's tokens."""
     accelerator = trainer.accelerator
     kl_in_loss = trainer.reference is not None and ALGORITHMS[s.algorithm].kl == "loss"
-    # Zero advantage, zero gradient: left out, unless a KL or a critic learns from these tokens too.
-    everything = kl_in_loss or trainer.critic is not None
-    trained = [i for i, a in enumerate(targets.advantages) if everything or a.any()]
+    # No advantage, no gradient: left out, unless a KL or a critic learns from these tokens too.
+    train_all = kl_in_loss or trainer.critic is not None
+    trained = [i for i, a in enumerate(targets.advantages) if train_all or a.any()]
     sums = dict.fromkeys(("policy", "kl", "entropy", "clipped", "gap", "value", "scored"), 0.0)
-    for part in same_count(accelerator, micro_batches([sequences[i] for i in trained], s.batch_tokens)):
+    parts = micro_batches([sequences[i] for i in trained], s.batch_tokens)
+    for part in same_count(accelerator, parts):
         if not part:
-            idle_backward(trainer)
+            trainer.idle_backward(trainer.policy, trainer.critic)
             continue
         part = [trained[i] for i in part]
         batch = [sequences[i] for i in part]
         ids, mask = collate(batch, accelerator.device)
 
         def flat(per_episode: list[Tensor], part: list[int] = part) -> Tensor:
-            return torch.cat([per_episode[i] for i in part])  # (N,), in the scorer's order
+            return torch.cat([per_episode[i] for i in part])  # (N,): whole episodes, in this order
 
-        logprobs, entropies = trainer.policy(ids, mask, temperature=s.temperature)
+        logprobs, entropies = trainer.policy(ids, mask, temperature=s.temperature)  # (N,), (N,)
         old = flat(targets.old) if targets.old else logprobs.detach()
         sampler = flat(targets.sampler)
         sampler = torch.where(sampler.isnan(), old, sampler)
-        weights = importance_weights(old, sampler, s.importance_cap) if s.importance_cap else torch.ones_like(old)
+        weights = importance_weights(old, sampler, s.importance_cap)
         advantages = flat(targets.advantages)
         losses, clipped = policy_loss(logprobs, old, advantages, s.clip_low, s.clip_high, weights)
         objective = losses
         if targets.reference is not None:
-            kl = kl_k3(logprobs, flat(targets.reference))
+            kl = kl_k3(logprobs, flat(targets.reference))  # a metric, and for some also a loss
             sums["kl"] += kl.detach().sum()
             objective = losses + s.kl_coef * kl if kl_in_loss else losses
-        backward_mean(accelerator, objective, tokens)
+        trainer.backward_mean(objective, tokens)
         if trainer.critic is not None:
             values = trainer.critic(ids, mask)
             value_losses = value_loss(values, flat(targets.values), flat(targets.returns))
-            backward_mean(accelerator, value_losses, tokens)
+            trainer.backward_mean(value_losses, tokens)
             sums["value"] += value_losses.detach().sum()
             trainer.work.append(Pass(trainer.critic, batch, 6))
         trainer.work.append(Pass(trainer.policy, batch, 6))
@@ -768,100 +721,18 @@ def train_epoch(trainer: Trainer, s: TrainSettings, sequences: list[Sequence], t
     return sums
 
 
-def backward_mean(accelerator: Accelerator, losses: Tensor, tokens: float) -> None:
-    """Add the gradient of the losses' mean over the `tokens` of all ranks, whose gradients are averaged."""
-    accelerator.backward(losses.sum() * accelerator.num_processes / tokens)
-
-
 def follow_gradient(trainer: Trainer, sums: dict[str, Any]) -> float:
-    """One optimizer step, the gradient's norm clipped at 1. Returns the policy's norm before that."""
-    models = [model for model in (trainer.policy, trainer.critic) if model is not None]
-    norms = [float(whole(trainer.accelerator.clip_grad_norm_(m.parameters(), 1.0))) for m in models]
+    """One optimizer step, gradient norms clipped at 1. Returns the policy's norm before that."""
+    pairs = [(trainer.policy, trainer.optimizer), (trainer.critic, trainer.critic_optimizer)]
+    pairs = [pair for pair in pairs if pair[0] is not None]
+    clip = trainer.accelerator.clip_grad_norm_
+    norms = [float(whole(clip(model.parameters(), 1.0))) for model, _ in pairs]
     if not all(map(math.isfinite, (*norms, trainer.total(sums["policy"] + sums["value"])))):
         raise FloatingPointError("the loss or its gradient is not finite")
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    if trainer.critic is not None:
-        trainer.critic_optimizer.step()
-        trainer.critic_optimizer.zero_grad()
+    for _, optimizer in pairs:
+        optimizer.step()
+        optimizer.zero_grad()
     return norms[0]
-
-
-def idle_backward(trainer: Trainer) -> None:
-    """A backward pass that adds nothing, for a rank that has fewer micro-batches than another."""
-    nothing = collate([NOTHING], trainer.accelerator.device)
-    trainer.accelerator.backward(trainer.policy(*nothing)[0].sum() * 0)
-    if trainer.critic is not None:
-        trainer.accelerator.backward(trainer.critic(*nothing).sum() * 0)
-
-
-def update_metrics(trainer: Trainer, targets: Targets, tokens: float, first: dict[str, Any],
-                   last: dict[str, Any]) -> dict[str, float]:
-    """Metrics of a step from the sums of its first epoch and of its last."""
-    scored = max(trainer.total(first["scored"]), 1.0)
-    metrics = {
-        "loss/policy": trainer.total(last["policy"]) / tokens,
-        "loss/entropy": trainer.total(first["entropy"]) / scored,
-        "loss/clip_fraction": trainer.total(last["clipped"]) / scored,
-        "loss/logprob_gap": trainer.total(first["gap"]) / scored,
-        "loss/grad_norm": last["grad_norm"],
-        "loss/advantage_std": trainer.moments(torch.cat(targets.advantages))[1].item(),
-        "tokens/trained": scored,
-    }
-    if trainer.reference is not None:
-        metrics["loss/kl"] = trainer.total(first["kl"]) / scored
-    if trainer.critic is not None:
-        returns, values = torch.cat(targets.returns), torch.cat(targets.values)
-        metrics["loss/value"] = trainer.total(first["value"]) / tokens
-        error, spread = (trainer.moments(x)[1].item() for x in (returns - values, returns))
-        metrics["loss/explained_variance"] = 1 - (error / max(spread, 1e-8)) ** 2
-    return metrics
-
-
-# ---------------------------------------------------------------- metrics
-
-
-def rollout_metrics(episodes: list[Episode], group_size: int) -> dict[str, float]:
-    """Rewards and their parts, searches, tokens and cost counters of a step's episodes."""
-    scored = [e for e in episodes if e.end != "failed"]
-    groups = [[episodes[i].reward for i in group.tolist()] for group in played_groups(episodes, group_size)]
-    rewards = torch.tensor([e.reward for e in scored], dtype=torch.float64)
-    turns = [turn for e in episodes for turn in e.turns]
-    searches = [turn for turn in turns if turn.query is not None]
-    return {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(unbiased=False).item(),
-        **{f"reward/{name}": mean(e.scores[name] for e in scored) for name in scored[0].scores},
-        **{f"reward/hops_{h}": mean(e.reward for e in scored if e.hops == h)
-           for h in sorted({e.hops for e in scored if e.hops})},
-        "reward/zero_variance_groups": mean(min(group) == max(group) for group in groups if group),
-        "search/per_episode": len(searches) / len(episodes),
-        "search/invalid_actions": sum(turn.action == "invalid" for turn in turns) / len(episodes),
-        "search/noisy": mean(turn.quality == "noisy" for turn in searches),
-        "search/malformed": sum(e.malformed for e in episodes) / max(len(searches), 1),
-        "search/failed": sum(e.end == "failed" for e in episodes),
-        "search/context_overflows": sum(e.end == "context" for e in episodes),
-        "tokens/read": sum(len(e.ids) - sum(e.mask) - e.prompt_tokens for e in episodes),
-        "cost/searches": sum(e.searches for e in episodes),
-        "cost/simulator_prompt_tokens": sum(e.simulator_prompt_tokens for e in episodes),
-        "cost/simulator_tokens": sum(e.simulator_tokens for e in episodes),
-        "cost/policy_tokens": sum(sum(e.mask) for e in episodes),
-    }
-
-
-def mean(values) -> float:
-    values = [float(v) for v in values]
-    return sum(values) / len(values) if values else 0.0
-
-
-def collapse_warning(metrics: dict[str, float]) -> str | None:
-    """A sentence if the policy is falling apart, else None."""
-    if metrics["reward/answered"] < 0.05:
-        return ("almost no episode answers: a policy that can't follow the template needs `warmup` "
-                "first, or a lower --lr")
-    if metrics["loss/entropy"] < 0.005 and metrics["tokens/trained"] > 1:
-        return "the policy's entropy is almost 0: it tries nothing new and will learn nothing more"
-    return None
 
 
 # ---------------------------------------------------------------- warmup, schedule
@@ -878,7 +749,7 @@ class WarmupSettings(TuningSettings):
 def warmup(s: WarmupSettings) -> None:
     """Teach a small model the template, by imitation. Loss on the policy's own tokens only.
 
-    Not part of the paper: its models follow the template when asked to. The embedded one does not."""
+    Not part of the paper: its models follow the template when asked to, the embedded one not."""
     records = read_jsonl(s.trajectories, required=("id", "question", "golden_answers", "turns"))
     prompts, tokenizer = load_prompts(s.prompts), load_tokenizer(s.model)
     sequences = [replay(record, tokenizer, prompts, s.top_k) for record in records]
@@ -886,7 +757,7 @@ def warmup(s: WarmupSettings) -> None:
 
 
 def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int) -> Sequence:
-    """A recorded trajectory as the ids that a rollout would have made, had no action been invalid."""
+    """A recorded trajectory as the ids that a rollout would have made of valid actions."""
     episode = new_episode(record, 0, tokenizer, prompts)
     for turn in record["turns"]:
         ids = encode(tokenizer, turn["text"])
@@ -906,11 +777,10 @@ class ScheduleSettings(CurriculumSettings):
 def schedule(s: ScheduleSettings) -> None:
     """Print the curriculum: the share of noisy searches at each step."""
     noise = [CURRICULA[s.curriculum](i, s) for i in range(s.steps)]
-    if s.as_json:
-        print(json.dumps(noise))
-        return
-    for i in sorted({round(i * (s.steps - 1) / 20) for i in range(21)}):
-        Console().print(f"step {i:>5}   p {noise[i]:.4f}   {'█' * round(60 * noise[i])}", highlight=False)
+    shown = {round(i * (s.steps - 1) / 20) for i in range(21)}
+    lines = [f"step {i:>5}   p {noise[i]:.4f}   {'█' * round(60 * noise[i])}"
+             for i in sorted(shown)]
+    print(json.dumps(noise) if s.as_json else "\n".join(lines))
 
 
 # ---------------------------------------------------------------- train
@@ -918,7 +788,7 @@ def schedule(s: ScheduleSettings) -> None:
 
 @dataclass
 class Run:
-    """A training run: what its steps work with, and what they have counted."""
+    """What the steps of a training run work with, and what they have counted."""
 
     s: TrainSettings
     rows: list[dict[str, Any]]
@@ -955,37 +825,31 @@ def train(s: TrainSettings) -> None:
 
 def prepare(s: TrainSettings) -> tuple[Run, int]:
     """Load everything, and open the run folder; the step to begin with."""
-    rows = read_questions(s.data)
-    if len(rows) < s.prompts_per_step:
-        raise UserError(f"{s.data}: {len(rows)} questions are too few for "
-                        f"{s.prompts_per_step} prompts a step")
+    if len(rows := read_questions(s.data)) < s.prompts_per_step:
+        raise UserError(f"{s.data}: {len(rows)} questions are too few for a step")
     accelerator = make_accelerator(log_with=s.logger, project_dir=s.out)
     processes = accelerator.num_processes
     if s.prompts_per_step % processes:
-        raise UserError(f"--prompts-per-step {s.prompts_per_step} can't be divided over {processes} processes")
+        raise UserError(f"--prompts-per-step can't be divided over {processes} processes")
     start = find_checkpoint(s.out, s) if s.resume else None
-    load_tokenizer(s.model)  # a name that stands for no model must not cost an old run its folder
-    prompts = load_prompts(s.prompts)
     if start is None and accelerator.is_main_process:
-        open_run(s.out, s.record(), s.overwrite)
-    accelerator.wait_for_everyone()
-    peak = peak_flops(accelerator.device) * processes
+        check_no_run(s.out, s.overwrite)
     transformers.set_seed(s.seed)
-
-    generator = load_generator(s.model, s.generator)
-    console.print(f"generation: {generator.name}")
+    generator, prompts = load_generator(s.model, s.generator), load_prompts(s.prompts)
     trainer = make_trainer(accelerator, s)
     setup = Setup(generator, ENGINES[s.engine].make(s), prompts, s, s.seed)
+    if start is None and accelerator.is_main_process:  # only now: all that can fail has loaded
+        open_run(s.out, s.record(), s.overwrite)
+    accelerator.wait_for_everyone()
+    console.print(f"generation: {generator.name}")
     checkpoints = Checkpoints(accelerator, s.out, s.save_every)
-    run = Run(s, rows, setup, trainer, checkpoints, peak)
+    run = Run(s, rows, setup, trainer, checkpoints, peak_flops(accelerator.device) * processes)
     before = checkpoints.go_on(start) if start is not None else []
     if start:
         generator.load_weights(named_weights(run.policy))
     run.searches = sum(row["cost/searches"] for row in before)
     run.failed = sum(row["search/failed"] for row in before)
-    if s.logger:
-        values = {n: v if isinstance(v, int | float) else str(v) for n, v in s.record().items()}
-        accelerator.init_trackers("zerosearch", values)
+    start_tracker(accelerator, s.logger, s)
     trainer.commit = checkpoints.agree  # from there on a signal waits for the end of the step
     return run, start or 0
 
@@ -1025,7 +889,8 @@ def learn(run: Run, step: int, episodes: list[Episode], clock: PhaseClock) -> di
     return losses
 
 
-def record(run: Run, step: int, episodes: list[Episode], measured: dict[str, float]) -> dict[str, float]:
+def record(run: Run, step: int, episodes: list[Episode],
+           measured: dict[str, float]) -> dict[str, float]:
     """Write the step's line of metrics and its episodes, and a checkpoint if one is due."""
     s, accelerator = run.s, run.trainer.accelerator
     noise = CURRICULA[s.curriculum](step, s)
@@ -1044,21 +909,11 @@ def record(run: Run, step: int, episodes: list[Episode], measured: dict[str, flo
 
 
 def step_questions(rows: list[dict[str, Any]], step: int, s: TrainSettings) -> list[dict[str, Any]]:
-    """The questions of a step: the data in an order drawn anew each epoch, by seed and step alone."""
+    """The questions of a step: the data in an order drawn anew each epoch, by seed and step."""
     per_epoch = len(rows) // s.prompts_per_step
     epoch, place = divmod(step, per_epoch)
     order = random.Random(draw_seed("data", s.seed, epoch)).sample(range(len(rows)), len(rows))
     return [rows[i] for i in order[place * s.prompts_per_step : (place + 1) * s.prompts_per_step]]
-
-
-def balance_over_ranks(episodes: list[Episode], group_size: int, ranks: int) -> list[list[Episode]]:
-    """Whole groups for each rank, longest first, to the rank that has the fewest tokens so far."""
-    groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
-    tokens = {id(group): sum(len(e.ids) for e in group) for group in groups}
-    shares: list[list[list[Episode]]] = [[] for _ in range(ranks)]
-    for group in sorted(groups, key=lambda group: -tokens[id(group)]):
-        min(shares, key=lambda share: sum(tokens[id(group)] for group in share)).append(group)
-    return [[episode for group in share for episode in group] for share in shares]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The engine room: what any kit of this kind needs. It imports no chapter, and no reader of the method has to come here.
+"""Infrastructure that any such kit needs. The method is in the chapters, which it never imports.
 
-From the bottom up (a module imports only those before it): cli, text, files, remote, models, attention, scorer, generate,
-served, engines, web, rates, checkpoints, report.
-"""
+A module imports only those before it: cli, text, files, remote, models, attention, scorer,
+generate, served, engines, web, ranks, rates, metrics, checkpoints, report, page."""

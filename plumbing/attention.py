@@ -1,7 +1,7 @@
-"""Attention for packed rows and for decoding.
+"""Attention for packed rows and for decoding, registered with Transformers as "packed", "decoding".
 
-PyTorch's FlexAttention would express both, but it has no backward pass on a CPU; scaled_dot_product_attention repeats the
-keys of grouped heads and computes padding."""
+PyTorch's FlexAttention can express both, but has no backward pass on a CPU.
+scaled_dot_product_attention repeats the keys of grouped heads and computes padding."""
 
 from dataclasses import dataclass
 
@@ -12,75 +12,89 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention in which the query heads of a group share their keys: nothing is repeated.
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+                      scaling: float) -> Tensor:
+    """Attention in which the query heads of a group share keys and values, without copies of them.
 
-    query (B, H, T, D), key and value (B, H_kv, S, D), mask (B, 1, T, S) of the keys a query sees -> (B, T, H, D)."""
+    query (B, H, T, D), key and value (B, H_kv, S, D), mask (B, 1, T, S), True where a query sees a
+    key -> (B, T, H, D)."""
     B, H, T, D = query.shape
     heads, S = key.shape[1:3]
     groups = (B, heads, H // heads, T)
     bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
     bias = bias[:, :, None].expand(*groups, S).reshape(B * heads, -1, S)
-    scores = torch.baddbmm(bias, query.reshape(B * heads, -1, D), key.reshape(B * heads, S, D).mT, alpha=scaling)
+    query, key = query.reshape(B * heads, -1, D), key.reshape(B * heads, S, D)
+    scores = torch.baddbmm(bias, query, key.mT, alpha=scaling)
     out = scores.softmax(-1) @ value.reshape(B * heads, S, D)  # (B * H_kv, H / H_kv * T, D)
     return out.view(B, H, T, D).transpose(1, 2)
 
 
-def decoding_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """One new token a row: grouped, which on a CPU decodes 2.8 times as fast as torch's scaled_dot_product_attention.
+def decoding_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
+                       **kwargs):
+    """Grouped attention for one new token per row, PyTorch's for more (see `grouped_attention`).
 
-    That serves longer inputs."""
+    On a CPU this decodes 2.8 times as fast as scaled_dot_product_attention."""
     if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **kwargs)
     if attention_mask is None:
-        attention_mask = torch.ones(len(query), 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
+        attention_mask = torch.ones(len(query), 1, 1, key.shape[2], dtype=torch.bool,
+                                    device=query.device)
     return grouped_attention(query, key, value, attention_mask, scaling), None
 
 
 @dataclass
 class Block:
-    """Rows of about one length that attend together: R rows, each with up to Q own tokens, of up to K with the shared ones."""
+    """R rows of similar length, computed together: up to Q own tokens a row, K with shared ones."""
 
-    columns: Tensor  # (R, Q): the own tokens' positions in their rows
-    queries: Tensor  # (R, Q): their places among the packed tokens
-    keys: Tensor  # (R, K): the places of whole rows
-    mask: Tensor  # (R, 1, Q, K): which keys a query sees
-    causal: bool  # nothing is shared: the mask is the plain triangle, for which torch has faster kernels
+    columns: Tensor  # (R, Q): positions of the own tokens in their rows
+    queries: Tensor  # (R, Q): indices of the own tokens among the packed tokens
+    keys: Tensor  # (R, K): indices of all tokens of the rows
+    mask: Tensor  # (R, 1, Q, K): True where a query sees a key
+    causal: bool  # no token is shared: the mask is a triangle, for which PyTorch has faster kernels
 
 
-def packed_attention(module, query, key, value, attention_mask, blocks=None, order=None, scaling=None, sliding_window=None,
-                     **kwargs):  # fmt: skip
-    """Attention over packed rows, as `packed_states` lays them out, a block of rows at a time; over others, torch's own.
+def packed_attention(module, query, key, value, attention_mask, layout=None, scaling=None,
+                     **kwargs):
+    """Attention over rows packed by `packed_states`, one block at a time; else PyTorch's.
 
-    query (1, H, P, D), key and value (1, H_kv, P, D) -> (1, P, H, D). On a CPU in bfloat16 plain matrix products take 0.4
-    of the time of torch's own attention, forward and backward, and memory that grows with the square of the length."""
-    if blocks is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query (1, H, P, D), key and value (1, H_kv, P, D) -> (1, P, H, D). layout: `attention_blocks`.
+    On a CPU in bfloat16, matrix products take 0.4 of the time of PyTorch's attention, forward and
+    backward; their memory is quadratic in the row's length."""
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **kwargs)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (P, heads, D)
+    window = kwargs.pop("sliding_window", None)
+    blocks, order = layout
     results = []
     for block in blocks:
         mask, K = block.mask, block.keys.shape[1]
-        windowed = sliding_window is not None and sliding_window < K
+        windowed = window is not None and window < K
         if windowed:
-            mask = mask & (block.columns[:, None, :, None] - torch.arange(K, device=mask.device) < sliding_window)
-        rows = [x[places].transpose(1, 2) for x, places in ((query, block.queries), (key, block.keys), (value, block.keys))]
+            distance = block.columns[:, None, :, None] - torch.arange(K, device=mask.device)
+            mask = mask & (distance < window)
+        rows = [x[index].transpose(1, 2) for x, index in
+                ((query, block.queries), (key, block.keys), (value, block.keys))]
         if mask.device.type == "cpu" and K <= 1024:
             out = grouped_attention(*rows, mask, scaling)
         else:
-            causal = block.causal and not windowed
-            out, _ = sdpa_attention_forward(module, *rows, None if causal else mask, scaling=scaling, **kwargs)
+            mask = None if block.causal and not windowed else mask
+            out, _ = sdpa_attention_forward(module, *rows, mask, scaling=scaling, **kwargs)
         results.append(out.flatten(0, 1))  # (R * Q, H, D)
     return torch.cat(results)[order][None], None
 
 
 def attention_blocks(own: Tensor, real: Tensor, places: Tensor) -> tuple[list[Block], Tensor]:
-    """Rows sorted by their number of own tokens, cut where it has grown by a quarter. own, real, places (B, T).
+    """Rows sorted by number of own tokens, with a new block where it has grown by a quarter.
 
-    The second is where each of the P packed tokens stands among the queries of all blocks, padding included: (P,)."""
+    own (B, T): tokens not shared with the row above; real (B, T): no padding; places (B, T): index
+    of each token among the P packed ones. The second result (P,) is the index of each packed token
+    among the queries of all blocks, padding included."""
     counts, lengths = own.sum(1), real.sum(1)
     numbers = counts.tolist()
     parts: list[list[int]] = []
-    for row in sorted((row for row, number in enumerate(numbers) if number), key=numbers.__getitem__):
+    for row in sorted((row for row, n in enumerate(numbers) if n), key=numbers.__getitem__):
         if not parts or numbers[row] > 1.25 * numbers[parts[-1][0]]:
             parts.append([])
         parts[-1].append(row)
@@ -90,11 +104,11 @@ def attention_blocks(own: Tensor, real: Tensor, places: Tensor) -> tuple[list[Bl
         columns = starts + torch.arange(numbers[rows[-1]], device=own.device)  # (R, Q)
         queries = places[rows].gather(1, columns.clamp(max=places.shape[1] - 1))
         keys = places[rows, : int(ends.max())]  # (R, K)
-        mask = (torch.arange(keys.shape[1], device=own.device) <= columns[..., None])[:, None]  # (R, 1, Q, K)
-        blocks.append(Block(columns, queries, keys, mask, causal=not starts.any()))
+        mask = torch.arange(keys.shape[1], device=own.device) <= columns[..., None]  # (R, Q, K)
+        blocks.append(Block(columns, queries, keys, mask[:, None], causal=not starts.any()))
         filled.append((columns < ends).flatten())
     filled = torch.cat(filled).nonzero().squeeze(1)  # (P,)
-    return blocks, filled[torch.cat([block.queries.flatten() for block in blocks])[filled].argsort()]
+    return blocks, filled[torch.cat([b.queries.flatten() for b in blocks])[filled].argsort()]
 
 
 AttentionInterface.register("decoding", decoding_attention)

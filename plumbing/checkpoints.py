@@ -1,4 +1,6 @@
-"""Checkpoints and signals: a run can be stopped at any instant, and goes on from its last whole step."""
+"""Checkpoints and signals: a run can be stopped at any time and resumed after its last whole step.
+
+Accelerate saves and loads the state; it has no atomic write and no handling of signals."""
 
 import json
 import logging
@@ -23,21 +25,31 @@ from plumbing.files import check_same_run, read_jsonl, write_jsonl
 
 
 def check_tracker(name: str | None) -> None:
-    """Raises UserError if Accelerate has no such tracker, or its package is not installed."""
+    """Raise UserError if Accelerate has no such tracker, or its package is not installed."""
     if name is not None and name not in LOGGER_TYPE_TO_CLASS:
-        raise UserError(f"--logger {name}: Accelerate knows {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+        known = ", ".join(map(str, LOGGER_TYPE_TO_CLASS))
+        raise UserError(f"--logger {name}: Accelerate knows {known}")
     if name is not None and name not in map(str, get_available_trackers()):
-        raise UserError(f"--logger {name} needs a package that is not installed: pip install {name}")
+        raise UserError(f"--logger {name} needs a package that is not installed: "
+                        f"pip install {name}")
+
+
+def start_tracker(accelerator: Accelerator, name: str | None, settings: Settings) -> None:
+    """Tell Accelerate's tracker, if the run has one, its settings."""
+    if name is not None:
+        values = settings.record().items()
+        values = {n: v if isinstance(v, int | float) else str(v) for n, v in values}
+        accelerator.init_trackers("zerosearch", values)
 
 
 class Checkpoints:
-    """A run's checkpoints, and its answer to SIGTERM and SIGINT: the whole steps are saved, and the process ends."""
+    """A run's checkpoints. A signal makes it save the whole steps and exit."""
 
     def __init__(self, accelerator: Accelerator, out: Path, every: int):
         self.accelerator, self.out, self.every, self.done = accelerator, out, every, 0
 
     def go_on(self, step: int) -> list[dict[str, Any]]:
-        """Load the checkpoint of so many steps; returns the lines of metrics up to there."""
+        """Load the checkpoint after `step` steps; returns the lines of metrics up to there."""
         if step:
             load_checkpoint(self.accelerator, self.out, step)
         if self.accelerator.is_main_process:
@@ -47,42 +59,43 @@ class Checkpoints:
 
     @contextmanager
     def stoppable(self, start: int) -> Iterator[None]:
-        """Around the loop over steps, `start` of which are done: what a signal ends is saved, and can go on."""
+        """Context of the training loop, `start` steps done. On a signal: checkpoint, then exit."""
         self.done, self.signals = start, Signals()
         try:
             yield
-        except KeyboardInterrupt:  # raised by `signals` alone, while the weights are those of whole steps
+        except KeyboardInterrupt:  # raised by `signals` only, never within an optimizer step
             save_checkpoint(self.accelerator, self.out, self.done)
             if self.accelerator.is_main_process:
                 launched = self.accelerator.num_processes > 1
                 options = " (with the launcher's own options, if it had any)" * launched
-                console.print(f"stopped after {self.done} steps, which are saved; to go on{options}:")
+                console.print(f"stopped after {self.done} steps, which are saved; "
+                              f"to go on{options}:")
                 print(resume_command(self.accelerator.num_processes), file=sys.stderr)
             self._finish(128 + self.signals.number)
             raise typer.Exit(128 + self.signals.number) from None
 
     @contextmanager
     def droppable(self) -> Iterator[None]:
-        """Around work that a signal may end at once. All ranks then drop the step."""
-        with suppress(KeyboardInterrupt):  # it ends this rank's work; `agree` tells the others
+        """Context of work that a signal may stop at once. All ranks then drop the step."""
+        with suppress(KeyboardInterrupt):  # stops this rank only; `agree` tells the others
             self.signals.allow(True)
             yield
             self.signals.allow(False)
         self.signals.agree()
-        self.signals.allow(self.accelerator.num_processes == 1)  # several would wait for each other
+        self.signals.allow(self.accelerator.num_processes == 1)  # several ranks would deadlock
 
     def agree(self) -> None:
-        """Drop the step on all ranks if a signal has come to any. From here on it waits for the step's end."""
+        """Drop the step on all ranks if any got a signal. Later ones wait for the step's end."""
         self.signals.agree()
 
     def step_done(self, steps: int, of: int) -> None:
-        """So many steps are done: write a checkpoint if one is due. The last step has the model itself."""
+        """Record that `steps` steps are done; save a checkpoint if one is due and steps < of."""
         self.done = steps
         if steps % self.every == 0 and steps < of:
             save_checkpoint(self.accelerator, self.out, steps)
 
     def end(self, text: str) -> None:
-        """The run is complete: say so, close the trackers, and leave."""
+        """End a complete run: print `text`, close the trackers, exit on several ranks."""
         if self.accelerator.is_main_process:
             console.print(text)
         self._finish(0)
@@ -94,9 +107,9 @@ class Checkpoints:
 
 
 class Signals:
-    """SIGTERM and SIGINT: all ranks drop the same step and save what came before it. A second signal ends the process at once.
+    """SIGTERM and SIGINT: all ranks drop the same step. A second signal kills the process.
 
-    A signal raises KeyboardInterrupt: where that is allowed as it comes, elsewhere at the next `allow` or `agree`."""
+    A signal raises KeyboardInterrupt: at once if allowed, else at the next `allow` or `agree`."""
 
     def __init__(self):
         self.number, self.allowed = 0, False
@@ -110,13 +123,13 @@ class Signals:
         self.allow(self.allowed)
 
     def allow(self, allowed: bool) -> None:
-        """Whether a signal may end this rank's work here; one that waits does so now."""
+        """Set whether a signal may stop this rank at once; a pending one does so now."""
         self.allowed = allowed
         if allowed and self.number:
             raise KeyboardInterrupt
 
     def agree(self) -> None:
-        """Raise KeyboardInterrupt on every rank if a signal has come to any. From here on none ends a rank's work alone."""
+        """Raise KeyboardInterrupt on all ranks if any got a signal. Later signals are pending."""
         self.allowed = False
         self.number = max(gather_object([self.number]))
         if self.number:
@@ -124,8 +137,9 @@ class Signals:
 
 
 def resume_command(processes: int) -> str:
-    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    return shlex.join([*launcher, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"])
+    several = ["accelerate", "launch", "--num_processes", str(processes)]
+    arguments = [a for a in sys.argv if a not in ("--overwrite", "--resume")]
+    return shlex.join([*(["python"] if processes == 1 else several), *arguments, "--resume"])
 
 
 def checkpoint_folder(out: Path, step: int) -> Path:
@@ -133,9 +147,10 @@ def checkpoint_folder(out: Path, step: int) -> Path:
 
 
 def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
-    """Weights, optimizers and random states after `step` steps: written under another name, flushed, then renamed.
+    """Save weights, optimizers and random states after `step` steps: write to a temporary folder,
+    flush, rename. Keeps the last two. Raises UserError if writing fails.
 
-    That is all there is: the place in the data, the noise and every draw of a generator are functions of seed and step."""
+    No other state exists: data order, noise and sampling seeds are functions of seed and step."""
     final = checkpoint_folder(out, step)
     if step == 0 or final.exists():
         return
@@ -143,12 +158,13 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, every time
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # no tied-weight warning
     try:
         accelerator.save_state(temporary)
         flush([path for path in temporary.rglob("*") if path.is_file()] + [temporary])
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{temporary} can't be written: {first_line(error)}; older checkpoints are as they were") from None
+        raise UserError(f"{temporary} can't be written: {first_line(error)}; "
+                        "older checkpoints are as they were") from None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         temporary.rename(final)
@@ -158,7 +174,7 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
 
 
 def flush(paths: list[Path]) -> None:
-    """Bring files, or the names in a folder, to the disk."""
+    """Flush files, or the entries of a folder, to the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -166,7 +182,8 @@ def flush(paths: list[Path]) -> None:
 
 
 def find_checkpoint(out: Path, settings: Settings) -> int:
-    """Steps done at the last whole checkpoint of OUT, 0 without one. Raises UserError if the run used other settings."""
+    """Steps done at the last checkpoint of `out`, 0 without one. Raises UserError as
+    `check_same_run`."""
     check_same_run(out, settings)
     saved = sorted((out / "checkpoints").glob("step-??????"))
     return int(saved[-1].name[5:]) if saved else 0
@@ -181,14 +198,16 @@ def load_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
 
 
 def set_lines_aside(out: Path, step: int) -> None:
-    """Move the lines of metrics and episodes that came after the checkpoint, and a line cut short, to another file."""
+    """Move lines of metrics and episodes after the checkpoint, and an incomplete last line, to
+    *.set-aside."""
     for unfinished in (out / "checkpoints").glob("*.tmp"):
-        console.print(f"{unfinished} was left half-written: not used", style="yellow", soft_wrap=True)
+        text = f"{unfinished} was left half-written: not used"
+        console.print(text, style="yellow", soft_wrap=True)
     for name in ("metrics.jsonl", "episodes.jsonl"):
         if not (out / name).exists():
             continue
         with open(out / name, encoding="utf-8") as file:
-            lines = list(file)  # cut at line feeds alone: a text may hold the other separators of Unicode
+            lines = list(file)  # unlike splitlines(), splits at line feeds only
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         kept = [row for row in rows if row["step"] < step]
         with open(out / f"{name}.set-aside", "a", encoding="utf-8") as aside:

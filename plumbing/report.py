@@ -1,16 +1,15 @@
-"""Figures and tables of the report, from data that the chapters hand over."""
+"""Figures of the report, drawn with Matplotlib from data that the chapters pass in."""
 
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: for all eyes
-
-
-STYLE = {"figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
-         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "0.9",
-         "legend.frameon": False, "savefig.dpi": 150}  # fmt: skip
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE = {"figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 11,
+         "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+         "axes.axisbelow": True, "grid.color": "0.9", "legend.frameon": False, "savefig.dpi": 150}
 
 
 def with_interval(m: dict[str, float], digits: int = 1) -> str:
@@ -18,14 +17,15 @@ def with_interval(m: dict[str, float], digits: int = 1) -> str:
 
 
 def panels(count: int, heights: list[float], **options):
-    """A figure 1200 pixels wide of panels one below the other, heights in inches."""
-    import matplotlib
+    """Figure and axes of panels one below the other: 1200 pixels wide, heights in inches."""
+    import matplotlib  # here: only `report` needs it
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(STYLE)
-    fig, axes = plt.subplots(count, 1, figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, **options)
+    fig, axes = plt.subplots(count, 1, figsize=(8, sum(heights)), height_ratios=heights,
+                             squeeze=False, **options)
     return fig, axes[:, 0]
 
 
@@ -45,7 +45,9 @@ def horizontal_bars(ax, labels: list[str], title: str) -> None:
 
 
 def draw_training(trainings: dict[str, list[dict]], path: Path) -> None:
-    """Reward, searches and noise over steps: points, and their moving mean over a twentieth of the run, at least 3."""
+    """Reward, searches and noise by step: points, and a moving mean over 1/20 of the run (min. 3).
+
+    trainings: name -> lines of metrics.jsonl."""
     from matplotlib.ticker import MaxNLocator
 
     fig, axes = panels(3, [3.0, 1.9, 1.7], sharex=True)
@@ -56,10 +58,12 @@ def draw_training(trainings: dict[str, list[dict]], path: Path) -> None:
             y = [step[key] for step in steps]
             smooth = np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
             ax.plot(x, y, ".", color=colour, alpha=0.35, markersize=5)
-            ax.plot(x, smooth, color=colour, linewidth=2, label=name if key == "reward/mean" else None)
+            label = name if key == "reward/mean" else None
+            ax.plot(x, smooth, color=colour, linewidth=2, label=label)
         axes[2].plot(x, [step["noise/p"] for step in steps], color=colour, linewidth=2)
     titles = ("Training reward", "Searches", "Curriculum: share of searches answered with noise")
-    for ax, title, label in zip(axes, titles, ("mean reward, 0 to 1", "per episode", "probability p")):
+    labels = ("mean reward, 0 to 1", "per episode", "probability p")
+    for ax, title, label in zip(axes, titles, labels):
         ax.set(title=title, ylabel=label, ylim=(0, 1.1 * max(ax.get_ylim()[1], 0.1)))
         ax.grid(axis="y")
     axes[0].set_ylim(0, 1)
@@ -70,34 +74,41 @@ def draw_training(trainings: dict[str, list[dict]], path: Path) -> None:
 
 
 def draw_em(evaluations: dict[str, dict], path: Path) -> None:
-    """Bars with intervals: a panel a benchmark, a colour a method."""
+    """Exact match with intervals: a panel per benchmark, a colour per method.
+
+    evaluations: name -> results.json."""
     benchmarks: dict[str, list[tuple[str, dict]]] = {}
     for name, r in evaluations.items():
         benchmarks.setdefault(r["benchmark"], []).append((name, r))
     colours = dict(zip(dict.fromkeys(r["method"] for r in evaluations.values()), cycle(COLOURS)))
-    fig, axes = panels(len(benchmarks), [0.7 + 0.4 * len(bars) for bars in benchmarks.values()], sharex=True)
+    heights = [0.7 + 0.4 * len(bars) for bars in benchmarks.values()]
+    fig, axes = panels(len(benchmarks), heights, sharex=True)
     for ax, (benchmark, bars) in zip(axes, benchmarks.items()):
         for place, (_, r) in enumerate(bars):
             em = r["metrics"]["em"]
-            ax.barh(place, em["mean"], color=colours[r["method"]], height=0.62,
-                    xerr=[[em["mean"] - em["low"]], [em["high"] - em["mean"]]], error_kw={"capsize": 3})  # fmt: skip
-            ax.annotate(f"{em['mean']:.1f}", (em["high"], place), (6, 0), textcoords="offset points", va="center")
+            errors = [[em["mean"] - em["low"]], [em["high"] - em["mean"]]]
+            ax.barh(place, em["mean"], color=colours[r["method"]], height=0.62, xerr=errors,
+                    error_kw={"capsize": 3})
+            ax.annotate(f"{em['mean']:.1f}", (em["high"], place), (6, 0),
+                        textcoords="offset points", va="center")
         labels = [name if r["method"] in name else f"{name} ({r['method']})" for name, r in bars]
-        horizontal_bars(ax, labels, f"{benchmark}, {' or '.join(sorted({str(r['n']) for _, r in bars}))} questions")
+        counts = " or ".join(sorted({str(r["n"]) for _, r in bars}))
+        horizontal_bars(ax, labels, f"{benchmark}, {counts} questions")
         ax.set_xlim(0, 100)
     axes[-1].set_xlabel("exact match, %, with 95 % bootstrap interval")
     save_figure(fig, path)
 
 
 def draw_costs(bills: dict[str, dict[str, tuple[float, str]]], path: Path) -> None:
-    """Bars of each run: for every kind of bill its dollars and their text."""
+    """Search costs: a bar per run and kind. bills: run -> kind -> (US dollars, their text)."""
     fig, (ax,) = panels(1, [0.9 + 0.9 * len(bills)])
     for place, bill in enumerate(bills.values()):
         for k, ((kind, (usd, text)), colour) in enumerate(zip(bill.items(), COLOURS)):
             width, y = np.nan_to_num(usd), place + 0.26 * (k - 1)
             ax.barh(y, width, height=0.24, color=colour)
-            # Named at the bar: most are too short to show their colour.
-            ax.annotate(f"{text}  {kind}", (width, y), (5, 0), textcoords="offset points", va="center")
+            # The label names the kind: most bars are too short to show their colour.
+            ax.annotate(f"{text}  {kind}", (width, y), (5, 0), textcoords="offset points",
+                        va="center")
     horizontal_bars(ax, list(bills), "What searching costs")
     ax.set(xlabel="US dollars", xlim=(0, 1.35 * ax.get_xlim()[1]))
     save_figure(fig, path)

@@ -1,4 +1,4 @@
-"""Text: normalising answers, making outside text safe, filling templates, encoding."""
+"""Text: normalising and comparing answers, neutralising outside text, templates, encoding."""
 
 import re
 import string
@@ -25,7 +25,7 @@ def exact_match(answer: str | None, golden_answers: list[str]) -> float:
 
 
 def f1_score(answer: str | None, golden_answers: list[str]) -> float:
-    """SQuAD's F1 over words of the normalised strings, for the best golden answer (section 3.4)."""
+    """SQuAD's word-level F1 of the normalised strings, for the best golden answer (section 3.4)."""
     if answer is None:
         return 0.0
     return max(word_f1(normalize_answer(answer), normalize_answer(gold)) for gold in golden_answers)
@@ -43,36 +43,35 @@ def word_f1(given: str, gold: str) -> float:
 
 
 def cover_em(answer: str | None, golden_answers: list[str]) -> float:
-    """1 if a normalised golden answer is a substring of the normalised answer: what ZeroSearch's code calls EM.
+    """1 if a normalised golden answer is a substring of the normalised answer, else 0.
 
-    A golden answer of which normalisation leaves nothing never matches; as a substring it always would."""
+    ZeroSearch's code calls this EM. A golden answer that normalises to "" never matches."""
     given = normalize_answer(answer or "")
     return float(any(gold in given for gold in map(normalize_answer, golden_answers) if gold))
 
 
 def contains_answer(text: str, answers: Iterable[str]) -> bool:
-    """Whether the normalised text holds one of the normalised answers as whole words."""
+    """Whether the normalised text contains one of the normalised answers as whole words."""
     padded = f" {normalize_answer(text)} "
     return any(f" {answer} " in padded for answer in map(normalize_answer, answers) if answer)
 
 
 def clean(text: str, limit: int | None = None) -> str:
-    """One line of valid Unicode, cut to `limit` characters: half a character becomes "?", a control character a space."""
+    """One line of valid Unicode, cut to `limit` characters.
+
+    A lone surrogate becomes "?", a control character or a run of white space one space."""
     text = text[:limit].encode("utf-8", "replace").decode("utf-8")
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 CONTROL_TAG = re.compile(r"<\s*/?\s*(think|search|information|answer)\b[^<>]*>?", re.IGNORECASE)
-
-
 BRACKETS = str.maketrans("<>[]{}", "()()()")
 
 
 def neutralize(text: str, tokenizer) -> str:
-    """Text from outside, made safe for a context: no control tag and no special token survives in it.
+    """Text from outside without control tags and special tokens: it can't close or open a block.
 
-    `<search>` becomes `(search)`, `<|im_end|>` becomes `(|im_end|)`; line breaks become spaces, and what is not
-    valid Unicode a question mark, so that a document can neither close its block nor start another."""
+    `<search>` becomes `(search)`, `<|im_end|>` becomes `(|im_end|)`; otherwise as `clean`."""
     text = CONTROL_TAG.sub(lambda match: match[0].translate(BRACKETS), clean(text))
     for token in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()):
         broken = token.translate(BRACKETS)
@@ -81,13 +80,12 @@ def neutralize(text: str, tokenizer) -> str:
 
 
 PROMPTS_FILE = ROOT / "data" / "prompts.toml"
-
-
 Prompts = dict[str, dict[str, str]]
 
 
 def load_prompts(path: Path | None = None) -> Prompts:
-    """The kit's templates, with those of `path` (same tables and names) put in their place."""
+    """The kit's templates by table and name, replaced by those in `path`. Raises UserError if one
+    there has an unknown name or the file can't be read."""
     prompts = tomllib.loads(PROMPTS_FILE.read_text(encoding="utf-8"))
     if path is None:
         return prompts
@@ -104,14 +102,15 @@ def load_prompts(path: Path | None = None) -> Prompts:
 
 
 def fill(template: str, **values: object) -> str:
-    """Fill {names} in one pass: what a value brings along is never filled again."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template.strip(" \n"))
+    """Replace each {name} in one pass, so that a {name} inside a value stays as it is."""
+    template = template.strip(" \n")
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 
 
 def prompt_ids(tokenizer, system: str, user: str, start: str = "") -> list[int]:
-    """Token ids of a prompt under the tokenizer's chat template (without one: system, user, blank line).
+    """Token ids of a prompt in the chat template; without one, a blank line ends each part.
 
-    An empty part is left out. `start` is the beginning of the reply that the model continues."""
+    An empty part is left out. start: beginning of the reply, which the model continues."""
     parts = {role: content for role, content in (("system", system), ("user", user)) if content}
     if tokenizer.chat_template:
         messages = [{"role": role, "content": content} for role, content in parts.items()]
@@ -122,5 +121,5 @@ def prompt_ids(tokenizer, system: str, user: str, start: str = "") -> list[int]:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, nothing added."""
+    """Token ids of a text, without special tokens added."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Search engines behind an address: retrieval servers and SerpApi, cached and bounded."""
+"""Remote search engines, retrieval servers and SerpApi: cached, with bounded time and attempts."""
 
 import contextlib
 import json
@@ -11,39 +11,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plumbing.engines import (
-    DOCUMENT_CHARACTERS,
-    ENGINES,
-    QUERY_CHARACTERS,
-    SEARCH_CACHE,
-    Engine,
-    EngineSettings,
-    SearchRequest,
-    SearchResult,
-    titled,
-)
-from plumbing.remote import OutsideError, Patience, call, is_server
+from plumbing.engines import (DOCUMENT_CHARACTERS, ENGINES, QUERY_CHARACTERS, SEARCH_CACHE, Engine,
+                              SearchRequest, SearchResult, titled)
+from plumbing.remote import OutsideError, RetryPolicy, call, is_server
 from plumbing.text import clean
 
 
 class RemoteEngine:
-    """What the engines behind an address share: an answer is paid for once, and a failure costs its own episode alone.
+    """Base of the remote engines. Thread-safe; a subclass sets `name` and `identity`.
 
-    At most `workers` calls are under way, whoever asks, and never two with the same query. Queries are cleaned to one line
-    of at most QUERY_CHARACTERS; an empty one finds nothing and costs no call. Answers are kept in a file under (engine, k,
-    query), failures are not: delete the file to ask anew. A call that fails for good (see Patience) gives a result with
-    `error`."""
+    At most `workers` calls run at a time, and never two with the same query. A query is cleaned to
+    one line of QUERY_CHARACTERS; an empty one finds nothing, without a call. Answers are cached in
+    a file by (identity, k, query): delete it to ask again. Failures are not cached: a call that
+    fails for good (see RetryPolicy) gives a result with `error`."""
 
     name: str
+    identity: str
 
-    def __init__(self, k: int, patience: Patience, cache: Path, workers: int):
-        self.k, self.patience, self.cache = k, patience, cache
-        self._pool, self._lock, self._under_way = ThreadPoolExecutor(workers), threading.Lock(), {}  # query -> Future
+    def __init__(self, k: int, retry_policy: RetryPolicy, cache: Path, workers: int):
+        self.k, self.retry_policy, self.cache = k, retry_policy, cache
+        self._pool, self._lock = ThreadPoolExecutor(workers), threading.Lock()
+        self._under_way = {}  # query -> Future
         cache.parent.mkdir(parents=True, exist_ok=True)
         self._sql("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, documents TEXT)")
 
     def ask(self, query: str) -> list[str]:
-        """The documents of one query, from the engine itself. Raises OutsideError."""
+        """Documents of one query, from the engine itself. Raises OutsideError."""
         raise NotImplementedError
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
@@ -53,7 +46,8 @@ class RemoteEngine:
                 if query not in self._under_way:
                     self._under_way[query] = self._pool.submit(self._answer, query)
             answers = [self._under_way[query] for query in queries]
-        return [replace(answer.result(), documents=list(answer.result().documents)) for answer in answers]
+        results = [answer.result() for answer in answers]
+        return [replace(result, documents=list(result.documents)) for result in results]
 
     def _answer(self, query: str) -> SearchResult:
         try:
@@ -77,27 +71,30 @@ class RemoteEngine:
 
     def _sql(self, statement: str, *values: str) -> list[tuple]:
         with contextlib.closing(sqlite3.connect(self.cache, timeout=60)) as connection, connection:
-            connection.execute("PRAGMA synchronous = OFF")  # a cache isn't worth a wait for the disk per answer
+            connection.execute("PRAGMA synchronous = OFF")  # a cache need not wait for the disk
             return connection.execute(statement, values).fetchall()
 
 
 class HTTPEngine(RemoteEngine):
-    """A retrieval server: Search-R1's, or the Wikipedia server of ZeroSearch. Both listen at /retrieve, so one question
-    carries the fields of both; the form of the answer tells which it is.
+    """A retrieval server at /retrieve: Search-R1's, or ZeroSearch's over Wikipedia.
 
-    Search-R1: {"queries", "topk", "return_scores"} -> {"result": [[{"document": {"contents": "title\\ntext"}}, ...]]}.
+    The request has the fields of both; the form of the answer tells which one it is.
+    Search-R1: {"queries", "topk", "return_scores"} ->
+    {"result": [[{"document": {"contents": "title\\ntext"}}, ...]]}.
     ZeroSearch: {"query", "top_k"} -> [{"text"}, ...]."""
 
     name = "http"
 
-    def __init__(self, url: str, k: int, patience: Patience = Patience(), cache: Path = SEARCH_CACHE, workers: int = 32):
-        self.url = url if url.rstrip("/").endswith("/retrieve") else url.rstrip("/") + "/retrieve"
+    def __init__(self, url: str, k: int, retry_policy: RetryPolicy = RetryPolicy(),
+                 cache: Path = SEARCH_CACHE, workers: int = 32):
+        self.url = url if url.rstrip("/").endswith("/retrieve") else f"{url.rstrip('/')}/retrieve"
         self.identity = f"http {self.url}"
-        super().__init__(k, patience, cache, workers)
+        super().__init__(k, retry_policy, cache, workers)
 
     def ask(self, query: str) -> list[str]:
-        body = {"queries": [query], "topk": self.k, "return_scores": True, "query": query, "top_k": self.k}
-        return call([self.url], self._parse, patience=self.patience, json=body)
+        body = {"queries": [query], "topk": self.k, "return_scores": True,
+                "query": query, "top_k": self.k}
+        return call([self.url], self._parse, retry_policy=self.retry_policy, json=body)
 
     @staticmethod
     def _parse(answer: Any) -> list[str]:
@@ -109,40 +106,38 @@ class HTTPEngine(RemoteEngine):
 
 
 class SerpApiEngine(RemoteEngine):
-    """Google through SerpApi: title and snippet of the organic results. The key comes from SERPAPI_API_KEY alone.
+    """Google through SerpApi: title and snippet of the organic results.
 
-    The key stands in the address that is asked for, so it is kept out of errors, and out of urllib3's debug lines."""
+    The key comes from SERPAPI_API_KEY. It is part of the URL, so it is removed from errors, and
+    urllib3's debug log is off."""
 
     name = identity = "serpapi"
 
-    def __init__(self, k: int, patience: Patience = Patience(), cache: Path = SEARCH_CACHE, workers: int = 16,
-                 url: str = "https://serpapi.com/search.json"):  # fmt: skip
+    def __init__(self, k: int, retry_policy: RetryPolicy = RetryPolicy(),
+                 cache: Path = SEARCH_CACHE, workers: int = 16,
+                 url: str = "https://serpapi.com/search.json"):
         self.url, self._key = url, serpapi_key()
         logging.getLogger("urllib3").setLevel(logging.INFO)
-        super().__init__(k, patience, cache, workers)
+        super().__init__(k, retry_policy, cache, workers)
 
     def ask(self, query: str) -> list[str]:
         parameters = {"engine": "google", "q": query, "num": self.k, "api_key": self._key}
-        return call([self.url], self._parse, patience=self.patience, secret=self._key, method="GET", params=parameters)
+        return call([self.url], self._parse, retry_policy=self.retry_policy, secret=self._key,
+                    method="GET", params=parameters)
 
     def _parse(self, answer: dict[str, Any]) -> list[str]:
         if "organic_results" not in answer and answer["search_metadata"]["status"] != "Success":
             raise ValueError
-        rows = answer.get("organic_results", [])  # without any, Google found nothing
-        return [f"{row['title']}: {row['snippet']}" for row in rows if row.get("title") and row.get("snippet")]
+        rows = answer.get("organic_results", [])  # absent if Google found nothing
+        return [f"{row['title']}: {row['snippet']}" for row in rows
+                if row.get("title") and row.get("snippet")]
 
 
 def serpapi_key() -> str:
     return os.environ.get("SERPAPI_API_KEY", "").strip()
 
 
-def url_missing(s: EngineSettings) -> str | None:
-    return None if s.url and is_server(s.url) else "--url, such as http://localhost:8000/retrieve"
-
-
-def key_missing(s: EngineSettings) -> str | None:
-    return None if serpapi_key() else "the key in the environment: SERPAPI_API_KEY"
-
-
-ENGINES["http"] = Engine(lambda s: HTTPEngine(s.url, s.top_k), url_missing)
-ENGINES["serpapi"] = Engine(lambda s: SerpApiEngine(s.top_k), key_missing)
+ENGINES["http"] = Engine(lambda s: HTTPEngine(s.url, s.top_k), lambda s: None if s.url and
+                         is_server(s.url) else "--url, such as http://localhost:8000/retrieve")
+ENGINES["serpapi"] = Engine(lambda s: SerpApiEngine(s.top_k), lambda s: None if serpapi_key() else
+                            "the key in the environment: SERPAPI_API_KEY")

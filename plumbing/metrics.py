@@ -1,0 +1,85 @@
+"""Metrics of a step: rewards, searches, tokens, cost counters, losses, and signs of collapse."""
+
+from typing import Any
+
+import torch
+
+from plumbing.ranks import Worker
+
+
+def rollout_metrics(episodes: list[Any], group_size: int) -> dict[str, float]:
+    """What is logged of a step's episodes, in groups of the attempts at one prompt."""
+    scored = [e for e in episodes if e.end != "failed"]
+    rewards = torch.tensor([e.reward for e in scored], dtype=torch.float64)
+    groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+    by_group = [[e.reward for e in group if e.end != "failed"] for group in groups]
+    turns = [turn for e in episodes for turn in e.turns]
+    searches = [turn for turn in turns if turn.query is not None]
+    return {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(unbiased=False).item(),
+        **{f"reward/{name}": mean(e.scores[name] for e in scored) for name in scored[0].scores},
+        **{f"reward/hops_{h}": mean(e.reward for e in scored if e.hops == h)
+           for h in sorted({e.hops for e in scored if e.hops})},
+        "reward/zero_variance_groups": mean(min(group) == max(group)
+                                            for group in by_group if group),
+        "search/per_episode": len(searches) / len(episodes),
+        "search/invalid_actions": sum(turn.action == "invalid" for turn in turns) / len(episodes),
+        "search/noisy": mean(turn.quality == "noisy" for turn in searches),
+        "search/malformed": sum(e.malformed for e in episodes) / max(len(searches), 1),
+        "search/failed": sum(e.end == "failed" for e in episodes),
+        "search/context_overflows": sum(e.end == "context" for e in episodes),
+        "tokens/read": sum(len(e.ids) - sum(e.mask) - e.prompt_tokens for e in episodes),
+        "cost/searches": sum(e.searches for e in episodes),
+        "cost/simulator_prompt_tokens": sum(e.simulator_prompt_tokens for e in episodes),
+        "cost/simulator_tokens": sum(e.simulator_tokens for e in episodes),
+        "cost/policy_tokens": sum(sum(e.mask) for e in episodes),
+    }
+
+
+def mean(values) -> float:
+    """The mean of any numbers; 0 of none."""
+    values = [float(v) for v in values]
+    return sum(values) / len(values) if values else 0.0
+
+
+def agreement(pairs: list[tuple[str, str]]) -> str:
+    """How far two judges' verdicts agree: the share, and Cohen's kappa (1960), beyond chance."""
+    agreed = mean(a == b for a, b in pairs)
+    chance = sum(mean(a == label for a, _ in pairs) * mean(b == label for _, b in pairs)
+                 for label in {label for pair in pairs for label in pair})
+    kappa = (agreed - chance) / (1 - chance) if chance < 1 else float("nan")
+    return f"agree on {100 * agreed:.1f} % of {len(pairs)} pairs (Cohen's kappa {kappa:.2f})"
+
+
+def collapse_warning(metrics: dict[str, float]) -> str | None:
+    """A sentence if the policy is falling apart, else None."""
+    if metrics["reward/answered"] < 0.05:
+        return ("almost no episode answers: a policy that can't follow the template needs `warmup` "
+                "first, or a lower --lr")
+    if metrics["loss/entropy"] < 0.005 and metrics["tokens/trained"] > 1:
+        return "the policy's entropy is almost 0: it tries nothing new and will learn nothing more"
+    return None
+
+
+def update_metrics(worker: Worker, targets: Any, tokens: float, first: dict[str, Any],
+                   last: dict[str, Any]) -> dict[str, float]:
+    """Metrics of an update: from its targets, its tokens, the sums of its first and last epoch."""
+    scored = max(worker.total(first["scored"]), 1.0)
+    metrics = {
+        "loss/policy": worker.total(last["policy"]) / tokens,
+        "loss/entropy": worker.total(first["entropy"]) / scored,
+        "loss/clip_fraction": worker.total(last["clipped"]) / scored,
+        "loss/logprob_gap": worker.total(first["gap"]) / scored,
+        "loss/grad_norm": last["grad_norm"],
+        "loss/advantage_std": worker.moments(torch.cat(targets.advantages))[1].item(),
+        "tokens/trained": scored,
+    }
+    if targets.reference is not None:
+        metrics["loss/kl"] = worker.total(first["kl"]) / scored
+    if targets.values is not None:
+        returns, values = torch.cat(targets.returns), torch.cat(targets.values)
+        metrics["loss/value"] = worker.total(first["value"]) / tokens
+        error, spread = (worker.moments(x)[1].item() for x in (returns - values, returns))
+        metrics["loss/explained_variance"] = 1 - (error / max(spread, 1e-8)) ** 2
+    return metrics

@@ -1,0 +1,119 @@
+"""What people look at: the sections of a report, and an episode while it is played."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from plumbing.cli import markdown_table
+from plumbing.engines import SearchEngine, SearchRequest, SearchResult
+from plumbing.generate import Generation, Generator, Sampling
+from plumbing.report import draw_costs, draw_em, draw_training, with_interval
+from plumbing.text import neutralize
+
+
+def evaluation_section(evaluations: dict[str, dict], difference: str | None,
+                       out: Path) -> list[str]:
+    """Tables by run and by hops, a sentence on a paired difference, and the bars.
+
+    evaluations: results.json by the run's name."""
+    header = ["run", "benchmark", "method", "engine", "n", "EM, %", "F1, %", "cover-EM, %",
+              "searches a question"]
+    rows = []
+    for name, r in evaluations.items():
+        scores = [with_interval(r["metrics"][metric]) for metric in ("em", "f1", "cover_em")]
+        searches = with_interval(r["metrics"]["searches"], 2)
+        kind = [r["benchmark"], r["method"], r["engine"], str(r["n"])]
+        rows.append([name, *kind, *scores, searches])
+    parts = ["## Test", "Greedy answers against the golden ones; in brackets the 95 % bootstrap "
+             "interval.", markdown_table(header, rows, text_columns=4)]
+    parted = {name: r["by_hops"] for name, r in evaluations.items() if r.get("by_hops")}
+    if hops := sorted({hop for by_hops in parted.values() for hop in by_hops}):
+        rows = [[name, *(with_interval(found[hop]["em"]) if hop in found else "-" for hop in hops)]
+                for name, found in parted.items()]
+        parts.append(markdown_table(["EM, %, by number of hops", *hops], rows))
+    draw_em(evaluations, out / "em.png")
+    return [*parts, *([difference] if difference else []), "![Exact match by method](em.png)"]
+
+
+def difference_sentence(a: str, b: str, result: dict) -> str:
+    """A paired difference in words."""
+    em, f1 = result["em"], result["f1"]
+    verdict = "above 0" if em["low"] > 0 else "below 0" if em["high"] < 0 else "it holds 0"
+    return (f"The same {result['n']} questions, **{b}** minus **{a}**: EM {em['difference']:+.1f} "
+            f"points (95 % interval {em['low']:+.1f} to {em['high']:+.1f}: {verdict}; "
+            f"p = {em['p']:.4f}), F1 {f1['difference']:+.1f} "
+            f"({f1['low']:+.1f} to {f1['high']:+.1f}).")
+
+
+def training_section(trainings: dict[str, list[dict]], out: Path) -> list[str]:
+    """First and last tenth of each training run, and the curves. trainings: steps by run."""
+    rows = []
+    for name, steps in trainings.items():
+        tenth = max(1, len(steps) // 10)
+        rows.append([name, str(len(steps))])
+        for key in ("reward/mean", "search/per_episode", "noise/p"):
+            parts = (steps[:tenth], steps[-tenth:])
+            first, last = (np.mean([step[key] for step in part]) for part in parts)
+            rows[-1].append(f"{first:.2f} to {last:.2f}")
+    draw_training(trainings, out / "training.png")
+    header = ["run", "steps", "reward", "searches an episode", "noise p"]
+    return ["## Training", "From the mean over the first tenth of the steps to that over the last.",
+            markdown_table(header, rows), "![Reward, searches and noise over steps](training.png)"]
+
+
+def cost_section(bills: dict[str, dict], notes: list[str], out: Path) -> list[str]:
+    """bills: by run its searches, its device, and its bars {kind: (dollars, text)}."""
+    if bills:
+        kinds = list(next(iter(bills.values()))["bars"])
+        rows = [[name, bill["searches"], *(text for _, text in bill["bars"].values()),
+                 bill["device"]] for name, bill in bills.items()]
+        draw_costs({name: bill["bars"] for name, bill in bills.items()}, out / "costs.png")
+        table = markdown_table(["run", "searches", *kinds, "device"], rows)
+        notes = [table, *notes, "![Cost](costs.png)"]
+    return ["## Cost", "What the searches would have cost at an API, and what the run cost, at the "
+            "prices of data/prices.toml.", *notes]
+
+
+def time_section(seconds: dict[str, float], written: Path) -> list[str]:
+    """Seconds of every stage: those that make has written, else those of steps and answers."""
+    if written.exists():
+        lines = written.read_text(encoding="utf-8").splitlines()
+        table = markdown_table(["stage", "time"], [line.rsplit(": ", 1) for line in lines])
+        return ["## Time", table]
+    rows = [[name, "-" if math.isnan(s) else f"{s:,.0f}"] for name, s in seconds.items()]
+    return ["## Time", "Spent in training steps and in answering; loading is not counted.",
+            markdown_table(["run", "seconds"], rows)]
+
+
+SEGMENTS = {"think": "dim", "search": "bold cyan", "answer": "bold green"}
+
+
+class Aloud:
+    """A generator and an engine that print all that passes through them."""
+
+    concurrent = False
+
+    def __init__(self, generator: Generator, engine: SearchEngine | None, tokenizer):
+        self.generator, self.engine, self.tokenizer = generator, engine, tokenizer
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling,
+                 seeds: list[int]) -> list[Generation]:
+        generations = self.generator.generate(prompts, sampling, seeds)
+        for generation in generations:
+            text = Text(self.tokenizer.decode(generation.ids, skip_special_tokens=True).strip())
+            for tag, style in SEGMENTS.items():
+                text.highlight_regex(re.compile(rf"<{tag}>.*?(</{tag}>|$)", re.DOTALL), style)
+            Console().print(text)
+        return generations
+
+    def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
+        results = self.engine.search(requests)
+        for result in results:
+            documents = [neutralize(document, self.tokenizer) for document in result.documents]
+            lines = [f"{n}. {document}" for n, document in enumerate(documents, start=1)]
+            Console().print(Text("\n".join(lines), style="yellow"))
+        return results
