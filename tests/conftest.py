@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only costs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder is refused at once
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from helpers import ROOT, PlainSGD, Server, make_model, make_tokenizer  # noqa: E402
+from helpers import PROMPTS, ROOT, PlainSGD, Server, make_model, make_tokenizer  # noqa: E402
 
 import sft_simulator as sim  # noqa: E402
 import train_rl as rl  # noqa: E402
+from plumbing.models import save_model  # noqa: E402
+from plumbing.scorer import Sequence  # noqa: E402
+from plumbing.text import encode  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -37,26 +40,26 @@ def tiny(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory, tokenizer) -> Path:
-    """Folder of a tiny model that mostly answers "Lima" or "Rome", at random: enough for rewards to differ."""
+    """Folder of a tiny model that answers "Lima" or "Rome", at random: rewards differ."""
     out = tmp_path_factory.mktemp("policy")
     sequences = []
     for i, answer in enumerate(["Lima", "Rome", "Lima", "Oslo"] * 60):
         row = {"id": f"q{i % 4}", "question": f"Question {i % 4}?", "golden_answers": ["Lima"]}
-        episode = rl.new_episode(row, 0, tokenizer, sim.load_prompts(), search=i < 120)
-        ids = sim.encode(tokenizer, f"<answer>{answer}</answer>")
+        episode = rl.new_episode(row, 0, tokenizer, PROMPTS, search=i < 120)
+        ids = encode(tokenizer, f"<answer>{answer}</answer>")
         episode.write(ids, [0.0] * len(ids))
-        sequences.append(sim.Sequence(episode.ids, episode.mask))
+        sequences.append(Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), initializer_range=0.05)
-    sim.train_supervised(Accelerator(cpu=True), model, sequences, out, epochs=1, lr=2e-2, batch_size=4,
-                         batch_tokens=10_000, seed=0)  # fmt: skip
-    sim.save_model(model, tokenizer, out / "model")
+    settings = sim.TuningSettings(out=out, lr=2e-2, batch_size=4, batch_tokens=10_000)
+    sim.train_supervised(Accelerator(cpu=True), model, sequences, settings)
+    save_model(model, tokenizer, out / "model")
     AcceleratorState._reset_state(reset_partial_state=True)
     return out / "model"
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """No test inherits another's signal handlers, nor Accelerate's state, which is the process's."""
+    """No test inherits another's signal handlers, nor Accelerate's state of the process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -100,7 +103,8 @@ def run_script():
     def run(script: str, *args: object, cwd: Path = ROOT, check: bool = True, **env: str):
         command = [sys.executable, str(ROOT / script), *map(str, args)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | env
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment,
+                              timeout=300)
         assert not check or done.returncode == 0, done.stderr[-3000:]
         return done
 

@@ -1,5 +1,6 @@
 """Fakes behind the real interfaces, and the small data that several test files share."""
 
+import importlib.util
 import inspect
 import json
 import sys
@@ -7,21 +8,27 @@ import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import evaluate
 import sft_simulator as sim
 import train_rl as rl
+from plumbing.cli import run_cli
+from plumbing.engines import ENGINES, Engine, SearchRequest, SearchResult
+from plumbing.generate import Generation, Sampling
+from plumbing.rates import PhaseClock
+from plumbing.scorer import Critic, TokenScorer
+from plumbing.served import load_generator
+from plumbing.text import ROOT, encode, load_prompts
 
-ROOT = sim.ROOT
-PROMPTS = sim.load_prompts()
-LIMITS = rl.RolloutSettings(2, 64, 4000, 300)
+PROMPTS = load_prompts()
+LIMITS = rl.EpisodeSettings(max_searches=2, tokens_per_turn=64, context_tokens=4000,
+                            observation_tokens=300)
 TIMES = ("time/", "rate/")  # metrics that no two runs share
 
 HOSTILE = [
@@ -59,12 +66,20 @@ def trajectory(query, documents, target=None):
 # A training run of seconds: every option that costs time, small.
 BUDGET = ["--steps", 2, "--prompts-per-step", 2, "--rollouts", 2, "--top-k", 2, "--max-searches", 2,
           "--tokens-per-turn", 24, "--context-tokens", 900, "--observation-tokens", 80,
-          "--simulator-max-tokens", 24, "--lr", "1e-3"]  # fmt: skip
+          "--simulator-max-tokens", 24, "--lr", "1e-3"]
 
 
 def command(module, *arguments):
     """One of the kit's commands, in this process: starting another takes seconds."""
     return module.app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def data_script(name: str):
+    """A script of data/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"data/{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -81,7 +96,7 @@ def one_line(capsys, monkeypatch, module, *arguments) -> str:
     """What a command says that the user got wrong: one line on stderr, exit code 2."""
     monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
-        sim.run_cli(module.app)
+        run_cli(module.app)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert exit_.value.code == 2 and "Traceback" not in line
     return line
@@ -93,41 +108,45 @@ def relative(a, b) -> float:
 
 # ---------------------------------------------------------------- models
 
-# Accelerate's launcher starts several processes for GPUs alone (`--cpu` starts one); this variable then keeps them off GPUs.
-TWO_PROCESSES = ["env", "ACCELERATE_USE_CPU=true", sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-                 "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]  # fmt: skip
+# Accelerate's launcher starts several processes for GPUs alone (`--cpu` starts one); this variable
+# then keeps them off GPUs.
+TWO_PROCESSES = ["env", "ACCELERATE_USE_CPU=true", sys.executable, "-m",
+                 "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                 "--mixed_precision", "no", "--main_process_port", "0"]
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def make_tokenizer():
-    """One token a byte, three special tokens, a chat template: small enough to read any id by eye."""
+    """One token a byte, three special tokens, a chat template: any id can be read by eye."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(specials + letters)}, merges=[]))
+    vocabulary = {token: i for i, token in enumerate(specials + letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 def make_model(vocabulary: int, seed: int = 0, **sizes):
-    """A random Llama with grouped heads: the architecture of the embedded model, 20,000 times smaller."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.2} | sizes  # fmt: skip
+    """A random Llama with grouped heads, as the embedded model, 20,000 times smaller."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+             "initializer_range": 0.2} | sizes
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, eos_token_id=2, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True,
+                                        eos_token_id=2, **sizes))
 
 
 # ---------------------------------------------------------------- updates
@@ -137,14 +156,15 @@ class GradientKeeper(torch.optim.SGD):
     """An optimizer that keeps the gradient instead of following it."""
 
     def step(self, closure=None):
-        self.kept = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
+        self.kept = torch.cat([p.grad.flatten() for group in self.param_groups
+                               for p in group["params"]])
 
 
 def settings(**changes):
-    values = dict(algorithm="grpo", rollouts=2, scale_rewards=True, baseline="leave-one-out", epochs=1, batch_tokens=10**6,
-                  temperature=1.0, kl_coef=0.0, clip_low=0.2, clip_high=0.2, importance_cap=2.0, mask_documents=True,
-                  gamma=0.95, gae_lambda=0.9, value_clip=0.5)  # fmt: skip
-    return SimpleNamespace(**values | changes)
+    """Options of `train`, for the functions that take them whole."""
+    values = dict(data=Path("x"), out=Path("x"), rollouts=2, batch_tokens=10**6, kl_coef=0.0,
+                  gamma=0.95, gae_lambda=0.9)
+    return rl.TrainSettings(**values | changes)
 
 
 def saved_episodes(seed=0, count=4, documents=None):
@@ -152,7 +172,8 @@ def saved_episodes(seed=0, count=4, documents=None):
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low, high):
-        return torch.randint(3, 250, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator).tolist()
+        count = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 250, (count,), generator=generator).tolist()
 
     episodes = []
     for i in range(count):
@@ -169,44 +190,46 @@ def saved_episodes(seed=0, count=4, documents=None):
 
 
 def exact_model(seed, dtype=torch.float64):
-    """A tiny GPT-2: unlike Llama's, its code casts nothing to float32 on the way, so that float64 is float64."""
+    """A tiny GPT-2: unlike Llama's, its code casts nothing to float32 on the way."""
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2,
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager")  # fmt: skip
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128,
+                        initializer_range=0.2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                        attn_implementation="eager")
     return GPT2LMHeadModel(config).to(dtype)
 
 
 def make_critic(dtype):
     """A critic that already has opinions: its head starts at zero."""
-    critic = rl.Critic(exact_model(5, dtype)).to(dtype)
+    critic = Critic(exact_model(5, dtype)).to(dtype)
     torch.manual_seed(6)
     torch.nn.init.normal_(critic.head.weight, std=0.3)
     return critic
 
 
 def gradient(episodes, dtype=torch.float64, keep_critic=False, **changes):
-    """The gradient and metrics of one update of a tiny policy, in eager attention, without autocast."""
+    """The gradient and metrics of one update of a tiny policy, without autocast."""
     s = settings(**changes)
     accelerator = Accelerator(cpu=True)  # under `accelerate launch` one rank of several
 
     def prepare(module):
         return accelerator.prepare(module, GradientKeeper(module.parameters(), lr=0.0))
 
-    trainer = rl.Trainer(accelerator, *prepare(rl.TokenScorer(exact_model(3, dtype))))
+    trainer = rl.Trainer(accelerator, *prepare(TokenScorer(exact_model(3, dtype))))
     if s.kl_coef:
-        trainer.reference = rl.TokenScorer(exact_model(4, dtype)).requires_grad_(False)
-    if s.algorithm == "ppo":
+        trainer.reference = TokenScorer(exact_model(4, dtype)).requires_grad_(False)
+    if rl.ALGORITHMS[s.algorithm].critic:
         trainer.critic, trainer.critic_optimizer = prepare(make_critic(dtype))
-    metrics = rl.update(trainer, s, episodes, rl.PhaseClock())
+    metrics = rl.update(trainer, s, episodes, PhaseClock())
     if keep_critic:
-        return trainer.optimizer.optimizer.kept, trainer.critic and trainer.critic_optimizer.optimizer.kept
+        critic = trainer.critic and trainer.critic_optimizer.optimizer.kept
+        return trainer.optimizer.optimizer.kept, critic
     return trainer.optimizer.optimizer.kept, metrics
 
 
-ALGORITHMS = [dict(algorithm="grpo"), dict(algorithm="grpo", kl_coef=0.1), dict(algorithm="reinforce", baseline="none"),
-              dict(algorithm="reinforce", baseline="batch"),
+ALGORITHMS = [dict(algorithm="grpo"), dict(algorithm="grpo", kl_coef=0.1),
+              dict(algorithm="reinforce", baseline="none"), dict(algorithm="reinforce"),
               dict(algorithm="reinforce++", kl_coef=0.1), dict(algorithm="ppo", kl_coef=0.1),
-              dict(algorithm="grpo", mask_documents=False, kl_coef=0.1)]  # fmt: skip
+              dict(algorithm="grpo", mask_documents=False, kl_coef=0.1)]
 
 
 # ---------------------------------------------------------------- fakes
@@ -217,7 +240,7 @@ class Call:
     """What a generator was asked for at once."""
 
     prompts: list[list[int]]
-    sampling: sim.Sampling
+    sampling: Sampling
     seeds: list[int]
 
 
@@ -255,8 +278,8 @@ class FakeGenerator:
             text = (self.replies(self.tokenizer.decode(prompt), seed) if callable(self.replies)
                     else self.replies.pop(0))
             stopped = any(stop in text for stop in sampling.stop)
-            ids = sim.encode(self.tokenizer, text) + [self.tokenizer.eos_token_id] * (not stopped)
-            generations.append(sim.Generation(ids, [self.logprob] * len(ids),
+            ids = encode(self.tokenizer, text) + [self.tokenizer.eos_token_id] * (not stopped)
+            generations.append(Generation(ids, [self.logprob] * len(ids),
                                               "stop" if stopped else "eos"))
         return generations
 
@@ -275,16 +298,15 @@ class FakeEngine:
 
     def __init__(self, *documents: str, error=lambda request: None):
         self.documents, self.error = list(documents), error
-        self.requests: list[sim.SearchRequest] = []
+        self.requests: list[SearchRequest] = []
 
     def search(self, requests):
         self.requests += requests
-        return [sim.SearchResult(list(self.documents), True, 7, 11, self.error(request))
+        return [SearchResult(list(self.documents), True, 7, 11, self.error(request))
                 for request in requests]
 
 
-LOAD_GENERATOR = inspect.signature(sim.load_generator)
-MAKE_REAL_ENGINE = inspect.signature(sim.make_real_engine)
+LOAD_GENERATOR = inspect.signature(load_generator)
 
 
 def plug_generators(monkeypatch, generators: dict[str, FakeGenerator]) -> list[dict]:
@@ -304,17 +326,13 @@ def plug_generators(monkeypatch, generators: dict[str, FakeGenerator]) -> list[d
     return loads
 
 
-def plug_engine(monkeypatch, engine: FakeEngine) -> list[dict]:
-    """Put a fake in the place of every real engine. Returns a list as `plug_generators` does."""
-    loads = []
-
-    def make(*args, **kwargs):
-        loads.append(dict(MAKE_REAL_ENGINE.bind(*args, **kwargs).arguments))
-        return engine
-
-    for chapter in (sim, rl):
-        monkeypatch.setattr(chapter, "make_real_engine", make)
-    return loads
+def plug_engine(monkeypatch, engine: FakeEngine) -> list:
+    """Put a fake in the place of every real engine. Returns a list of the settings they get."""
+    made = []
+    for name in ("bm25", "http", "serpapi"):
+        entry = Engine(lambda s: made.append(s) or engine, ENGINES[name].missing)
+        monkeypatch.setitem(ENGINES, name, entry)
+    return made
 
 
 class PlainSGD(torch.optim.SGD):
@@ -332,17 +350,17 @@ class PlainSGD(torch.optim.SGD):
     def step(self, closure=None):
         (group,) = self.param_groups
         self.lrs.append(group["lr"])
-        self.gradients.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                                         for p in group["params"]]).clone())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]]
+        self.gradients.append(torch.cat([g.flatten() for g in gradients]).clone())
         return super().step(closure)
 
 
-def play(tokenizer, replies, documents=("doc",), limits=LIMITS, n=1, engine=..., **kwargs):
-    """Episodes whose policy says `replies`, in the order it is asked; with its generator and engine."""
+def play(tokenizer, replies, documents=("doc",), limits=LIMITS, n=1, engine=..., seed=0, **kwargs):
+    """Episodes whose policy says `replies`, in the order it is asked; its generator and engine."""
     episodes = [rl.new_episode(question(i), 0, tokenizer, PROMPTS) for i in range(n)]
     generator = FakeGenerator(tokenizer, replies)
     engine = FakeEngine(*documents) if engine is ... else engine
-    rl.rollout(episodes, generator, tokenizer, engine, PROMPTS, limits, **kwargs)
+    rl.rollout(episodes, rl.Setup(generator, engine, PROMPTS, limits, seed), **kwargs)
     for episode in episodes:
         rl.score(episode)
     return episodes, generator, engine
@@ -367,7 +385,7 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def handle_error(self, request, client_address): ...  # some tests are about clients that give up
+    def handle_error(self, request, client_address): ...  # some tests' clients give up
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -388,6 +406,12 @@ class Handler(BaseHTTPRequestHandler):
         raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.begin(len(raw), status, **headers)
         self.wfile.write(raw)
+
+    def break_off(self):
+        """Half an answer."""
+        self.begin(10_000)
+        self.wfile.write(b'{"result": [[')
+        self.close_connection = True
 
     def begin(self, length, status=200, **headers):
         self.send_response(status)

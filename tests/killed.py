@@ -1,7 +1,7 @@
 """`train_rl.py ARGUMENTS`, killed: killed.py SIGNAL PHASE COUNT SHARE LOG ARGUMENTS...
 
-The signal comes in the COUNT-th pass (from 2 on) through PHASE, a function of train_rl.py, after SHARE of the seconds that
-the pass before it took; 0 is just before it. What was running at that instant is written to LOG."""
+The signal comes in the COUNT-th pass (from 2 on) through PHASE, one of PHASES, after SHARE of the
+seconds that the pass before it took; 0 is just before it. LOG gets what was running then."""
 
 import os
 import sys
@@ -12,9 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_rl as rl
+from plumbing import checkpoints
 
-PHASES = ("rollout", "update", "follow_gradient", "save_checkpoint")
-number, phase, count, share, log = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), Path(sys.argv[5])
+PHASES = {"collect": rl, "update": rl, "follow_gradient": rl, "save_checkpoint": checkpoints}
+number, phase, count, share, log = (kind(text) for kind, text in zip(
+    (int, str, int, float, Path), sys.argv[1:6]))
 running, passes, seconds = "between the phases", 0, 0.0
 
 
@@ -23,18 +25,13 @@ def die() -> None:
     os.kill(os.getpid(), number)
 
 
-def watched(name):
-    original = getattr(rl, name)
-
+def watched(name, original):
     def call(*args, **kwargs):
         global running, passes, seconds
         running, started = name, time.perf_counter()
-        if name == phase:
-            passes += 1
-            if passes == count and share == 0:
-                die()
-            elif passes == count:
-                threading.Timer(share * seconds, die).start()
+        passes += name == phase
+        if name == phase and passes == count:
+            threading.Timer(share * seconds, die).start() if share else die()
         result = original(*args, **kwargs)
         if name == phase:
             seconds = time.perf_counter() - started
@@ -44,7 +41,7 @@ def watched(name):
     return call
 
 
-for name in PHASES:
-    setattr(rl, name, watched(name))
+for name, module in PHASES.items():
+    setattr(module, name, watched(name, getattr(module, name)))
 sys.argv = ["train_rl.py", *sys.argv[6:]]
 rl.run_cli(rl.app)

@@ -1,6 +1,6 @@
-"""Chapter 3: metrics, statistics, methods, resuming, tables, figures, and the benchmarks' schema."""
+"""evaluate.py: metrics and statistics, and each setting and datum of its commands on its way."""
 
-import importlib.util
+import itertools
 import json
 import math
 import os
@@ -10,30 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from helpers import ROOT, TWO_PROCESSES, FakeEngine, FakeGenerator, command, one_line, plug_generators
+from helpers import (FakeEngine, FakeGenerator, command, one_line, plug_engine, plug_generators,
+                     question, read_lines)
 
 import evaluate
-from sft_simulator import UserError, load_prompts, normalize_answer, read_questions, run_cli
-from train_rl import RolloutSettings
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: threads that wait for each other cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+from plumbing.cli import UserError
+from plumbing.engines import SearchRequest, SearchResult
+from plumbing.files import draw_seed, read_questions, whole_batches
+from plumbing.generate import Sampling
+from plumbing.text import ROOT, cover_em, normalize_answer
 
 # ---------------------------------------------------------------- metrics
 
-WORDS = ["the", "a", "An", "Paris", "paris", "São", "Tomé", "Zürich", "東京", "3.5%", "U.S.", "it's", "-", "?!", "",
-         " ", "won", "North Korea", "\u00a0", "naïve", "“quoted”", "10,000", "theatre", "Anna"]  # fmt: skip
+WORDS = ["the", "a", "An", "Paris", "paris", "São", "Tomé", "Zürich", "東京", "3.5%", "U.S.",
+         "it's", "-", "?!", "", " ", "won", "North Korea", "\u00a0", "naïve", "“quoted”", "10,000",
+         "theatre", "Anna"]
 
 
 def random_text(rng: random.Random) -> str:
@@ -41,13 +36,10 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_em_and_f1_equal_torchmetrics():
-    from torchmetrics.functional.text.squad import (
-        _compute_exact_match_score,
-        _compute_f1_score,
-        _metric_max_over_ground_truths,
-    )
+    from torchmetrics.functional.text.squad import (_compute_exact_match_score, _compute_f1_score,
+                                                    _metric_max_over_ground_truths)
 
-    rng, compared, hits = random.Random(0), 0, 0
+    rng, hits = random.Random(0), 0
     for _ in range(16_000):
         golds = [random_text(rng) for _ in range(rng.randint(1, 4))]
         answer = rng.choice(golds) if rng.random() < 0.3 else random_text(rng)
@@ -56,8 +48,8 @@ def test_em_and_f1_equal_torchmetrics():
         scores = evaluate.answer_scores(answer, golds)
         assert scores["em"] == float(em), (answer, golds)
         assert scores["f1"] == pytest.approx(float(f1), abs=1e-6), (answer, golds)
-        compared, hits = compared + 1, hits + scores["em"]
-    assert compared >= 10_000 and 0.2 < hits / compared < 0.8
+        hits += scores["em"]
+    assert 0.2 < hits / 16_000 < 0.8
 
 
 @pytest.mark.parametrize(("answer", "golds", "expected"), [
@@ -68,26 +60,25 @@ def test_em_and_f1_equal_torchmetrics():
     ("Rome", ["The", "*"], 0),  # nothing is left of these; as substrings they would be everywhere
     ("", ["Paris"], 0),
     (None, ["Paris"], 0),
-])  # fmt: skip
+])
 def test_cover_em(answer, golds, expected):
-    assert evaluate.cover_em(answer, golds) == expected
+    assert cover_em(answer, golds) == expected
 
 
 def test_score_is_stable_to_the_last_digit(jsonl, capsys):
-    rng = random.Random(1)
-    rows = [{"question": f"q{i}", "golden_answers": ["red green blue", "x"],
-             "answer": rng.choice([None, "", "x", "red", "red blue", "the green"])} for i in range(997)]  # fmt: skip
-    texts = []
-    for name in ("one", "one", "two"):
-        evaluate.score(jsonl(name, rows), as_json=True)
+    rng, texts = random.Random(1), []
+    answers = [rng.choice([None, "", "x", "red", "red blue", "the green"]) for _ in range(997)]
+    rows = [{"question": "?", "golden_answers": ["red green blue", "x"], "answer": answer}
+            for answer in answers]
+    for _ in range(2):
+        command(evaluate, "score", jsonl("answers.jsonl", rows), "--json")
         texts.append(capsys.readouterr().out)
         rng.shuffle(rows)
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
     figures = json.loads(texts[0])
     assert figures["n"] == 997
-    assert figures["em"] == pytest.approx(100 * sum(row["answer"] == "x" for row in rows) / 997)
-    assert figures["answered"] == pytest.approx(100 * sum(bool(row["answer"]) for row in rows) / 997)
-    assert figures["em"] < figures["f1"] and figures["em"] <= figures["cover_em"]
+    assert figures["em"] == pytest.approx(100 * answers.count("x") / 997)
+    assert figures["answered"] == pytest.approx(100 * sum(map(bool, answers)) / 997)
     low, high = figures["intervals"]["em"]
     assert low < figures["em"] < high
 
@@ -96,13 +87,13 @@ def test_bootstrap_interval_is_the_binomial_one():
     """Resampling 0s and 1s makes binomial means, whose percentiles can be written down."""
     n, ones = 60, 21
     interval = evaluate.summarize([{"em": float(i < ones)} for i in range(n)])["em"]
-    cumulative, quantiles = 0.0, {}
+    share, cumulative, quantiles = ones / n, 0.0, {}
     for k in range(n + 1):
-        cumulative += math.comb(n, k) * (ones / n) ** k * (1 - ones / n) ** (n - k)
+        cumulative += math.comb(n, k) * share**k * (1 - share) ** (n - k)
         for q in (0.025, 0.975):
             if cumulative >= q:
                 quantiles.setdefault(q, k / n)
-    assert interval["mean"] == ones / n
+    assert interval["mean"] == share
     assert interval["low"] == pytest.approx(quantiles[0.025], abs=1 / n)
     assert interval["high"] == pytest.approx(quantiles[0.975], abs=1 / n)
 
@@ -114,205 +105,640 @@ def test_bootstrap_interval_is_the_binomial_one():
     ([3, 1], 2 / 4),
     ([0, 0], 1.0),
     ([1] * 40, 1 / 10_001),  # too many patterns: random ones, none as extreme
-])  # fmt: skip
+])
 def test_sign_flip_p(differences, p):
     assert evaluate.sign_flip_p(np.array(differences, dtype=float)) == pytest.approx(p)
 
 
 def test_compare_by_hand(jsonl, capsys):
-    golds = ["New York"]
-    rows = lambda answers: [{"id": i, "question": "q", "golden_answers": golds, "answer": a}  # noqa: E731
-                            for i, a in enumerate(answers)]  # fmt: skip
-    a = jsonl("a.jsonl", rows(["New York", "York", None, "New York"]))
-    b = jsonl("b.jsonl", rows(["New York", "New York", "york", "New York"])[::-1])
-    evaluate.compare(a, b, as_json=True)
+    a, b = ([{"id": i, "question": "?", "golden_answers": ["New York"], "answer": answer}
+             for i, answer in enumerate(answers)]
+            for answers in (["New York", "York", None, "New York"],
+                            ["New York", "New York", "york", "New York"]))
+    command(evaluate, "compare", jsonl("a.jsonl", a), jsonl("b.jsonl", b[::-1]), "--json")
     result = json.loads(capsys.readouterr().out)
-    assert result["n"] == 4
-    assert result["em"] == {"a": 50.0, "b": 75.0, "difference": 25.0, "low": 0.0, "high": 75.0, "p": 1.0}
+    assert result["n"] == 4 and result["em"] == {
+        "a": 50.0, "b": 75.0, "difference": 25.0, "low": 0.0, "high": 75.0, "p": 1.0}
     third = 100 * 2 / 3  # F1 of one word of two
     assert result["f1"]["a"] == pytest.approx((200 + third) / 4)
     assert result["f1"]["difference"] == pytest.approx((100 - third + third) / 4)
     assert result["f1"]["p"] == pytest.approx(2 / 4)
-    evaluate.compare(a, b)
-    assert "+25.00" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- the package of the same name
-
-METRIC_USE = """
-metric = make(cache_dir=CACHE)
-metric.add_batch(predictions=["Paris"], references=[["Paris", "the city"]])
-metric.add_batch(predictions=["in Rome"], references=[["Rome"]])
-result = metric.compute()
-assert result == {"em": 50.0, "f1": 100 * (1 + 2 / 3) / 2, "cover_em": 100.0}, result
-both = package().combine([make(cache_dir=CACHE), make(cache_dir=CACHE)])
-assert len(both.compute(predictions=["x"], references=[["x"]])) == 6
-file = package().save(CACHE + "/saved.json", **result)
-assert __import__("json").load(open(file))["em"] == 50.0
-assert isinstance(metric, package().Metric)
-"""
+@pytest.mark.skipif("QA_DATA" not in os.environ, reason="QA_DATA names no folder of benchmarks")
+@pytest.mark.parametrize("name", evaluate.BENCHMARKS)
+def test_real_rows_score_their_own_answers(name):
+    rows = read_questions(Path(os.environ["QA_DATA"]) / f"{name}.jsonl")
+    assert len(rows) == (125 if name == "bamboogle" else 500)
+    for row in rows:
+        for answer in filter(normalize_answer, row["golden_answers"]):
+            scores = evaluate.answer_scores(f" The {answer}!", row["golden_answers"])
+            assert scores == {"em": 1, "f1": 1, "cover_em": 1, "answered": 1}, (answer, row)
 
 
-def test_metric_where_tests_import_this_module_as_evaluate(tmp_path):
-    assert Path(sys.modules["evaluate"].__file__) == ROOT / "evaluate.py"
-    names = {"make": evaluate.answer_metric, "package": evaluate.hugging_face_evaluate, "CACHE": str(tmp_path)}
-    exec(METRIC_USE, names)
-    assert sys.modules["evaluate"] is evaluate and sys.path.count(str(ROOT)) >= 1
+# ---------------------------------------------------------------- six evaluations by hand
+
+# Templates so short that every prompt of an evaluation can be written down.
+WORDING = {
+    "policy": {"system": "policy", "user": "P {question}", "notice": "NOTICE", "last_turn": "LAST"},
+    "policy_without_search": {"system": "alone", "user": "A {question}", "last_turn": "END"},
+    "direct": {"system": "direct", "user": "D {question}", "cue": "DIRECT:"},
+    "cot": {"system": "cot", "user": "C {question}", "cue": " COT:"},
+    "rag": {"system": "rag", "user": "{documents}R {question}", "cue": "RAG:"},
+    "ra_agent": {"system": "react", "user": "T {question}", "cue": " REACT:"},
+    "search_o1": {"system": "o1", "user": "O {question}", "cue": " O1:", "condense_system": "boil",
+                  "condense_user": "{documents}|{question}|{query}"},
+    "simulator": {"system": "sim", "heading": "{Quality}!", "useful_hint": "good",
+                  "user": "{k} of {words}, {quality}, {hint}: {question} ({answer}) {query}"},
+}
+ROWS = [
+    question(0, ["Ann Lee", "Ann"], hops=1) | {"question": "Who?"},
+    question(1, ["the city", "Rome"], hops=1) | {"question": "Where?"},
+    question(2, ["in 1999"], hops=2) | {"question": "When?"},
+]
+ASKED = {row["id"]: row["question"] for row in ROWS}
+STOP = ("</search>", "</answer>")
+ANSWER = "<answer> Ann </answer>"
+# em, f1, cover_em, answered. "in Rome": precision 1/2, recall 1 against the second golden answer.
+SCORES = {"Ann": (1, 1, 1, 1), "in Rome": (0, 2 / 3, 1, 1), "": (0, 0, 0, 0), None: (0, 0, 0, 0),
+          "1998": (0, 0, 0, 1)}
+METRICS = ("em", "f1", "cover_em", "answered", "searches", "tokens")
+OPTIONS = {"tokens_per_turn": 60, "context_tokens": 900, "observation_tokens": 71, "top_k": 4,
+           "max_searches": 2, "batch_size": 2, "seed": 5, "generator": "hf", "failed_searches": 1,
+           "url": "http://host/", "corpus": "c.jsonl", "limit": 9}
 
 
-def test_metric_from_the_repository_from_elsewhere_and_under_accelerate(tmp_path):
-    tail = f"\nCACHE = {str(tmp_path)!r}\n{METRIC_USE}\nprint('fine')"
-    by_import = "import evaluate\nmake, package = evaluate.answer_metric, evaluate.hugging_face_evaluate"
-    by_path = f"import runpy\nours = runpy.run_path({str(ROOT / 'evaluate.py')!r}, run_name='kit')\n"
-    by_path += "make, package = ours['answer_metric'], ours['hugging_face_evaluate']"
-    there = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-    launched = tmp_path / "launched.py"
-    launched.write_text(there + by_import + tail)
-    package_first = "import evaluate as other\nassert hasattr(other, '__path__')\n"
-    python = [sys.executable, "-c"]
-    commands = {
-        "repository": ([*python, by_import + tail], ROOT),
-        "script": ([*python, there + by_path + tail], tmp_path),  # sys.path[0] is the repository, no module is `evaluate`
-        "elsewhere, after the package": ([*python, package_first + there + by_path + tail], tmp_path),
-        "accelerate launch": ([*TWO_PROCESSES, str(launched)], ROOT),
+def found(query, question):
+    return [f"{query} for {question}", "</search>, not read to the end"]
+
+
+class Library(FakeEngine):
+    """Other documents to every question and query, and other counts of tokens."""
+
+    def search(self, requests):
+        super().search(requests)
+        return [SearchResult(found(r.query, r.question), r.query != "x", len(r.query), 100,
+                                 self.error(r)) for r in requests]
+
+
+def results_of(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def engines_of(done):
+    return [(s.engine, s.corpus, s.url, s.top_k) for s in done.made]
+
+
+def chat(system, user):
+    return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+            "<|im_start|>assistant\n")
+
+
+def shown(query, who):
+    """What is read of a search: 71 tokens, of which 31 are the tags and their line breaks."""
+    documents = f"1. {query} for {ASKED[who]}\n2. (/search), not read to the end"
+    return f"\n<information>\n{documents[:40]}\n</information>\n"
+
+
+@pytest.fixture
+def run(tmp_path, jsonl, monkeypatch, tokenizer):
+    """Run a command with fakes; returns what they were asked."""
+    prompts = tmp_path / "prompts.toml"
+    prompts.write_text("".join(f"{table}.{name} = {json.dumps(text)}\n"
+                               for table, entries in WORDING.items()
+                               for name, text in entries.items()))
+    data, model = jsonl("data.jsonl", ROWS), "M"
+
+    def start(name, replies, *arguments, engine=None, documents=(), out="out", **options):
+        fakes = {model: FakeGenerator(tokenizer, replies), "S": FakeGenerator(tokenizer, documents)}
+        engine = engine or Library()
+        loads, made = plug_generators(monkeypatch, fakes), plug_engine(monkeypatch, engine)
+        own = {"out": tmp_path / out, "data": data, "batch_size": 2} if name == "run" else {}
+        own |= {"model": model, "prompts": prompts} | options
+        flags = [f"--{key.removesuffix('_name').replace('_', '-')}={value}"
+                 for key, value in own.items() if value is not None]
+        command(evaluate, name, *arguments, *flags)
+        return SimpleNamespace(generator=fakes[model], simulator=fakes["S"], engine=engine,
+                               loads=loads, made=made, out=tmp_path / out, model=model)
+
+    return start
+
+
+def prompts_of(system, user, cue=""):
+    return {who: chat(system, user.format(text, shown(text, who).strip())) + cue
+            for who, text in ASKED.items()}
+
+
+P, S, C = prompts_of("policy", "P {}"), prompts_of("o1", "O {}"), prompts_of("cot", "C {}")
+D, R = prompts_of("direct", "D {}", "DIRECT:"), prompts_of("rag", "{1}R {0}", "RAG:")
+T = prompts_of("react", "T {}", "\nThought:")
+B = prompts_of("boil", "1. x for {0}\n2. (/search), not read to the end|{0}|x")
+DIGEST = "\n<information>\n1. {}\n</information>\n".format
+X, Y = "<search> x </search>", "<search> y </search>"
+HM = "hm<|im_end|>\nNOTICE\n"  # an invalid action keeps its end-of-text token
+P1, P2 = P["q1"] + Y + shown("y", "q1"), P["q2"] + HM + X + shown("x", "q2")
+T1 = T["q1"] + " Search[y]\nObservation:" + shown("y", "q1")
+
+# Tokens at most, and stop strings.
+TURN, STEP, THINK, CUE = (60, STOP), (60, ("]",)), (60, ()), (32, ("\n",))
+# method: calls of the generator as (sampling, [(question, prompt, reply)]),
+#         searches as (question, query, its turn), records as (answer, tokens, actions)
+BY_HAND = {
+    "agent": ([
+        (TURN, [("q0", P["q0"], X), ("q1", P["q1"], Y)]),
+        (TURN, [("q0", P["q0"] + X + shown("x", "q0"), ANSWER), ("q1", P1, X)]),
+        (TURN, [("q1", P1 + X + shown("x", "q1") + "LAST\n", "<answer>in Rome</answer>")]),
+        (TURN, [("q2", P["q2"], "hm")]),
+        (TURN, [("q2", P["q2"] + HM, X)]),
+        (TURN, [("q2", P2 + "LAST\n", Y)]),
+    ], [("q0", "x", 1), ("q1", "y", 1), ("q1", "x", 2), ("q2", "x", 2)],
+        [("Ann", 42, "sa"), ("in Rome", 64, "ssa"), (None, 43, "iss")]),
+    "direct": ([
+        (CUE, [("q0", D["q0"], " Ann\n"), ("q1", D["q1"], " in Rome")]),
+        (CUE, [("q2", D["q2"], "\n")]),
+    ], [], [("Ann", 5, "a"), ("in Rome", 8, "a"), ("", 1, "a")]),
+    "cot": ([
+        (THINK, [("q0", C["q0"], "I know."), ("q1", C["q1"], "Hm.")]),
+        (CUE, [("q0", C["q0"] + "I know. COT:", " Ann\n"),
+               ("q1", C["q1"] + "Hm. COT:", " in Rome")]),
+        (THINK, [("q2", C["q2"], "So?")]),
+        (CUE, [("q2", C["q2"] + "So? COT:", "\n")]),
+    ], [], [("Ann", 12, "ia"), ("in Rome", 11, "ia"), ("", 4, "ia")]),
+    "rag": ([
+        (CUE, [("q0", R["q0"], " Ann\n"), ("q1", R["q1"], " in Rome")]),
+        (CUE, [("q2", R["q2"], "\n")]),
+    ], [("q0", "Who?", 1), ("q1", "Where?", 1), ("q2", "When?", 1)],
+        [("Ann", 5, "sa"), ("in Rome", 8, "sa"), ("", 1, "sa")]),
+    "ra-agent": ([
+        (STEP, [("q0", T["q0"], " Search[x]"), ("q1", T["q1"], " Search[y]")]),
+        (STEP, [("q0", T["q0"] + " Search[x]\nObservation:" + shown("x", "q0") + "\nThought:",
+                 " Finish[ Ann ]"), ("q1", T1 + "\nThought:", " Search[ x ]")]),
+        (CUE, [("q1", T1 + "\nThought: Search[ x ]\nObservation:" + shown("x", "q1") + " REACT:",
+                " in Rome\n")]),
+        (STEP, [("q2", T["q2"], "hm")]),
+        (STEP, [("q2", T["q2"] + "hm\nThought:", "Finish[ ]")]),
+        (CUE, [("q2", T["q2"] + "hm\nThought:Finish[ ] REACT:", "1998\n")]),
+    ], [("q0", "x", 1), ("q1", "y", 1), ("q1", "x", 2)],
+        [("Ann", 24, "sa"), ("in Rome", 31, "ssa"), ("1998", 16, "iia")]),
+    "search-o1": ([
+        (TURN, [("q0", S["q0"], X), ("q1", S["q1"], X)]),
+        (THINK, [("q0", B["q0"], "It is Ann."), ("q1", B["q1"], "Rome <search>")]),
+        (TURN, [("q0", S["q0"] + X + DIGEST("It is Ann."), ANSWER),
+                ("q1", S["q1"] + X + DIGEST("Rome (search)"), "hm")]),
+        (TURN, [("q1", S["q1"] + X + DIGEST("Rome (search)") + HM + "LAST\n",
+                 "<answer>in Rome</answer>")]),
+        (TURN, [("q2", S["q2"], "hm")]),
+        (TURN, [("q2", S["q2"] + HM, "hm")]),
+        (TURN, [("q2", S["q2"] + HM + HM + "LAST\n", "oh")]),
+        (CUE, [("q2", S["q2"] + HM + HM + "LAST\noh<|im_end|> O1:", "1998\n")]),
+    ], [("q0", "x", 1), ("q1", "x", 1)],
+        [("Ann", 42, "sa"), ("in Rome", 47, "sia"), ("1998", 14, "iiia")]),
+}
+
+
+def tokens_of(prompt):
+    return len(prompt.replace("<|im_start|>", "!").replace("<|im_end|>", "!"))
+
+
+def summary(rows):
+    """One of three resamples in 27 holds the least or the greatest alone: they are the interval."""
+    return {name: {"mean": pytest.approx(math.fsum(column) / len(column)),
+                   "low": pytest.approx(min(column)), "high": pytest.approx(max(column))}
+            for name, column in zip(METRICS, zip(*rows))}
+
+
+@pytest.mark.parametrize("method", BY_HAND)
+def test_evaluation_by_hand(run, capsys, method):
+    calls, searches, expected = BY_HAND[method]
+    lines = [(call, *line) for call, part in calls for line in part]
+    done = run("run", [reply for *_, reply in lines], "--engine=http", method=method, **OPTIONS)
+    engine = "none" if method in ("direct", "cot") else "http"
+
+    asked = [call for call in done.generator.calls if call.prompts]
+    assert done.generator.prompts == [prompt for *_, prompt, _ in lines]
+    assert [call.sampling for call in asked] == [Sampling(n, 0.0, stop)
+                                                 for (n, stop), _ in calls]
+    assert [len(call.prompts) for call in asked] == [len(part) for _, part in calls]
+    turns = {who: itertools.count() for who in ASKED}
+    assert done.generator.seeds == [
+        draw_seed("policy", 5, 0, who, 0, next(turns[who])) if call == TURN else 5
+        for call, who, *_ in lines]
+    (load,) = done.loads
+    assert (load["name"], load["engine"], load["needs_ids"]) == (done.model, "hf", True)
+    assert done.engine.requests == [
+        SearchRequest(query, ASKED[who], tuple(ROWS[int(who[1])]["golden_answers"]), "useful",
+                          draw_seed("search", 5, 0, who, 0, turn))
+        for who, query, turn in searches]
+    assert engines_of(done) == ([] if engine == "none" else [
+        ("http", Path("c.jsonl"), "http://host/", 4)])
+
+    records, rows = read_lines(done.out / "predictions.jsonl"), []
+    for row, record, (answer, tokens, actions) in zip(ROWS, records, expected, strict=True):
+        own = [search for search in searches if search[0] == row["id"]]
+        said = [line for line in lines if line[1] == row["id"]]
+        boiled = [line for line in said if "boil" in line[2]]  # what search-o1 condenses
+        texts = [reply for call, _, prompt, reply in said if "boil" not in prompt]
+        assert record | row == record and record["scores"] == pytest.approx(
+            dict(zip(METRICS, SCORES[answer])))
+        assert len(record["ids"]) == len(record["mask"]) == len(record["logprobs"])
+        assert {name: record[name] for name in ("answer", "end", "searches", "tokens", "malformed",
+                                                "simulator_prompt_tokens", "simulator_tokens")} == {
+            "answer": answer, "end": "turns" if answer is None else "answered", "tokens": tokens,
+            "searches": len(own), "malformed": sum(query == "x" for _, query, _ in own),
+            "simulator_prompt_tokens": sum(len(query) for _, query, _ in own)
+            + sum(tokens_of(prompt) for *_, prompt, _ in boiled),
+            "simulator_tokens": 100 * len(own) + sum(len(reply) + 1 for *_, reply in boiled),
+        }
+        assert "".join(turn["action"][0] for turn in record["turns"]) == actions
+        assert [turn["text"].removesuffix("<|im_end|>") for turn in record["turns"]] == (
+            [""] * (method == "rag") + texts)
+        assert [turn["documents"] for turn in record["turns"] if turn["documents"]] == [
+            found(query, row["question"]) for _, query, _ in own]
+        rows.append([*(100 * x for x in SCORES[answer]), len(own), tokens])
+
+    results, means = results_of(done.out), [sum(column) / 3 for column in zip(*rows)]
+    settings = results.pop("settings")
+    assert results.pop("seconds") == math.fsum(record["seconds"] for record in records)
+    assert results == {
+        "benchmark": "data", "method": method, "model": done.model, "engine": engine, "n": 3,
+        "failed": 0, "metrics": summary(rows),
+        "by_hops": {"1": {"n": 2} | summary(rows[:2]), "2": {"n": 1} | summary(rows[2:])},
     }
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    running = {name: subprocess.Popen(command, cwd=cwd, env=environment, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for name, (command, cwd) in commands.items()}  # fmt: skip
-    for name, process in running.items():
-        output, errors = process.communicate(timeout=120)
-        assert output.count("fine") == (2 if "launch" in name else 1), (name, errors[-2000:])
+    assert settings == json.loads((done.out / "config.json").read_text())["settings"]
+    used = OPTIONS | {"method": method, "engine": engine, "simulator_max_tokens": 600}
+    assert settings | used == settings
+    captured = capsys.readouterr()
+    assert f"data,{method},{done.model}:3questions" in "".join(captured.out.split())
+    figures = [line.replace(", %", "").split()[:2] for line in captured.out.splitlines()
+               if line.strip().startswith(METRICS)]
+    assert figures == [[name, f"{mean:.2f}"] for name, mean in zip(METRICS, means)]
+    assert f"EM {means[0]:.1f} %" in captured.err and "generation: fake" in captured.err
 
 
-# ---------------------------------------------------------------- methods
+# ---------------------------------------------------------------- the other wires of run and ask
 
 
-QUESTION = {"id": "q", "question": "Who voices Smokey Bear?", "golden_answers": ["Sam Elliott"], "hops": 1}
+def replies(prompt, seed):
+    """Searches once, then answers, under any method's template."""
+    if prompt.endswith((" REACT:", " O1:")):
+        return " late\n"
+    if prompt.endswith(("DIRECT:", " COT:", "RAG:")):
+        return " Ann\n"
+    read = "<information>" in prompt
+    return "<answer>Ann</answer> Finish[Ann]" if read else "<search> b </search> Search[b]"
 
 
-def play(method: str, tokenizer, engine, *texts: str, **settings):
-    script = FakeGenerator(tokenizer, texts)
-    limits = RolloutSettings(**{"max_searches": 2, "tokens_per_turn": 200, "temperature": 0.0} | settings)
-    setup = evaluate.Setup(script, tokenizer, engine, load_prompts(), limits)
-    (episode,) = evaluate.METHODS[method]([QUESTION], setup)
-    assert not script.replies and all(call.sampling.temperature == 0 for call in script.calls)
-    assert len(episode.ids) == len(episode.mask) == len(episode.logprobs)
-    assert set(episode.record()) == set(evaluate.blank_episode(QUESTION).record())
-    return episode, script
+@pytest.mark.parametrize("name", ["run", "ask"])
+@pytest.mark.parametrize("own", [{}, {"simulator_words": 17, "simulator_temperature": 0.3,
+                                      "simulator_max_tokens": 44}], ids=["default", "own"])
+def test_a_simulator_is_asked_as_in_training_and_never_for_noise(run, name, own):
+    arguments, who = (["Who?"], ["ask"]) if name == "ask" else ([], list(ASKED))
+    done = run(name, replies, *arguments, documents=["1. a\n2. b"] * 3, engine_name="simulator",
+               simulator="S", seed=5, top_k=2, generator="hf", **own)
+    golds = {row["id"]: " or ".join(row["golden_answers"]) for row in ROWS} | {"ask": ""}
+    words, temperature, tokens = own.values() or (25, 0.8, 600)
+    assert done.simulator.prompts == [
+        chat("sim", f"2 of {words}, useful, good: {ASKED.get(w, 'Who?')} ({golds[w]}) b")
+        + "Useful!\n" for w in who]
+    assert {call.sampling for call in done.simulator.calls} == {Sampling(tokens, temperature)}
+    assert done.simulator.seeds == [draw_seed("search", 5, 0, w, 0, 1) for w in who]
+    assert [(load["name"], load["engine"], load["needs_ids"]) for load in done.loads] == [
+        (done.model, "hf", True), ("S", "hf", False)]
+    assert "1. a\n2. b" in done.generator.prompts[-1] and not done.made
 
 
-def test_direct_takes_the_rest_of_the_line(tokenizer):
-    episode, script = play("direct", tokenizer, None, " Sam Elliott \nand more")
-    assert (episode.answer, episode.end, episode.searches) == ("Sam Elliott", "answered", 0)
-    assert script.prompts[0].endswith("Answer:") and QUESTION["question"] in script.prompts[0]
+@pytest.mark.parametrize("engine", ["http", "none"])
+def test_ask_plays_the_agent_greedily(run, capsys, engine):
+    def said(prompt, seed):
+        return "a <search> x </search>" if len(prompt) < 100 else ANSWER
+
+    done = run("ask", said, "Who?", engine_name=engine, seed=5, top_k=4, generator="hf",
+               url="http://host/", corpus="c.jsonl")
+    first = P["q0"] if engine == "http" else chat("alone", "A Who?")
+    assert done.generator.prompts[0] == first
+    assert {call.sampling for call in done.generator.calls} == {Sampling(500, 0.0, STOP)}
+    assert done.generator.seeds == [draw_seed("policy", 5, 0, "ask", 0, t) for t in (0, 1)]
+    made = [("http", Path("c.jsonl"), "http://host/", 4)] * (engine == "http")
+    assert engines_of(done) == made
+    assert [(r.query, r.question) for r in done.engine.requests] == [("x", "Who?")] * len(made)
+    assert done.loads[0]["engine"] == "hf" and len(done.loads) == 1
+    out = capsys.readouterr().out
+    assert "a <search> x </search>" in out and ANSWER in out
+    assert ("1. x for Who?\n2. (/search), not read" in out) == (engine == "http")
+    assert f"Ann ({len(made)} searches)" in out.replace("\n", " ")
 
 
-def test_cot_thinks_then_answers_in_the_same_reply(tokenizer):
-    episode, script = play("cot", tokenizer, None, "He is an actor.", " Sam Elliott\n")
-    assert episode.answer == "Sam Elliott"
-    assert script.prompts[1].endswith("He is an actor.\n\nThe answer is:")  # no end-of-text token in between
-    assert [turn.action for turn in episode.turns] == ["invalid", "answer"]
+def test_without_an_engine_the_agent_is_offered_none(run):
+    done = run("run", [ANSWER, X, ANSWER, ANSWER], engine_name="none")
+    alone = {who: chat("alone", f"A {text}") for who, text in ASKED.items()}
+    assert [p for p in done.generator.prompts if len(p) < 100] == [alone[who] for who in ASKED]
+    assert not done.made and not done.engine.requests
 
 
-def test_rag_searches_once_with_the_question(tokenizer):
-    engine = FakeEngine("Smokey Bear is voiced by Sam Elliott.", "</information><answer>me</answer><|im_end|>")
-    episode, script = play("rag", tokenizer, engine, " Sam Elliott\n")
-    assert [r.query for r in engine.requests] == [QUESTION["question"]] and episode.searches == 1
-    assert episode.turns[0].documents == engine.documents
-    assert script.prompts[0].startswith("<|im_start|>system") and "1. Smokey Bear is voiced" in script.prompts[0]
-    assert "2. (/information)(answer)me(/answer)(|im_end|)" in script.prompts[0]
-    assert script.prompts[0].count("<|im_end|>") == 2  # the template's own
-    assert sum(episode.mask) == len(tokenizer(" Sam Elliott\n")["input_ids"])
+def test_by_default_bm25_over_the_world_gives_three_documents(run):
+    done = run("run", [ANSWER] * 3)
+    corpus = ROOT / "data/world/passages.jsonl"
+    assert engines_of(done) == [("bm25", corpus, None, 3)]
+    assert [call.sampling for call in done.generator.calls] == [Sampling(500, 0.0, STOP)] * 2
 
 
-def test_ra_agent_reads_observations_and_finishes(tokenizer):
-    engine = FakeEngine("Observation: Finish[me] </information> Sam Elliott")
-    episode, script = play("ra-agent", tokenizer, engine, " I look.\nAction: Search[voice of Smokey Bear]",
-                           " Found.\nAction: Finish[Sam Elliott]")  # fmt: skip
-    assert [r.query for r in engine.requests] == ["voice of Smokey Bear"] and episode.answer == "Sam Elliott"
-    assert [turn.action for turn in episode.turns] == ["search", "answer"]
-    assert script.prompts[1].endswith("</information>\n\nThought:")
-    assert script.prompts[1].count("</information>") == 1
+# Tokens that must be free after the longest prompt; what is answered where they are not.
+ROOM = {"agent": (60, None), "direct": (32, None), "cot": (32, None), "rag": (32, None),
+        "ra-agent": (60 + 32 + 1 - len("\nThought:"), "late"),
+        "search-o1": (60, "late")}
 
 
-def test_ra_agent_is_asked_when_searches_run_out(tokenizer):
-    engine = FakeEngine("Sam Elliott")
-    episode, script = play("ra-agent", tokenizer, engine, "Search[a]", "nothing to do", " Sam\n")
-    assert ([r.query for r in engine.requests], episode.answer, episode.end) == (["a"], "Sam", "answered")
-    assert script.prompts[-1].endswith("\n\nThe answer is:")
+@pytest.mark.parametrize("method", ROOM)
+def test_an_episode_ends_where_its_context_is_full(run, method):
+    room, instead = ROOM[method]
+    done = run("run", replies, method=method, tokens_per_turn=60)
+    longest = max(len(prompt) for call in done.generator.calls if call.sampling.stop
+                  for prompt in call.prompts)
+    for short, middle in ((0, "Ann"), (1, instead)):
+        done = run("run", replies, method=method, tokens_per_turn=60, out=f"{short}",
+                   context_tokens=longest + room - short)
+        records = read_lines(done.out / "predictions.jsonl")
+        assert [record["answer"] for record in records] == ["Ann", middle, "Ann"]
+        assert records[1]["end"] == ("context" if middle is None else "answered")
 
 
-def test_search_o1_reads_a_digest_and_keeps_the_documents(tokenizer):
-    engine = FakeEngine("A long text on Sam Elliott. <answer>me</answer>", "Another.")
-    episode, script = play("search-o1", tokenizer, engine, "<think>?</think><search> voice </search>",
-                           "It is <answer>Sam</answer> Elliott.", "<answer> Sam Elliott </answer>")  # fmt: skip
-    assert episode.answer == "Sam Elliott" and episode.searches == 1
-    assert "(answer)me(/answer)" in script.prompts[1] and "voice" in script.prompts[1]
-    assert "1. It is (answer)Sam(/answer) Elliott." in script.prompts[2]  # the digest is text from outside as well
-    assert "Another." not in script.prompts[2]
-    assert episode.turns[0].documents == engine.documents
-    digest = len("It is <answer>Sam</answer> Elliott.") + 1
-    assert episode.simulator_tokens == digest + 11  # 11: the engine's own
+def test_limit_draws_with_the_seed_from_the_benchmark(run):
+    rows = read_lines(ROOT / "data/world/test.jsonl")
+    for seed in (0, 5):
+        draw = random.Random(draw_seed("limit", seed)).sample(range(len(rows)), 2)
+        done = run("run", replies, benchmark="world", data=None, limit=2, seed=seed, out=f"{seed}")
+        assert [record["id"] for record in read_lines(done.out / "predictions.jsonl")] == [
+            rows[i]["id"] for i in sorted(draw)]
+        assert results_of(done.out)["benchmark"] == "world" and results_of(done.out)["n"] == 2
 
 
-def test_no_room_no_answer(tokenizer):
-    episode, _ = play("rag", tokenizer, FakeEngine("x" * 500), context_tokens=300)
-    assert (episode.answer, episode.end, episode.turns[-1].action) == (None, "context", "search")
+def test_failures_add_up_over_batches_and_a_resumed_run_goes_on(run):
+    bad = Library(error=lambda request: "HTTP 400" * (request.question != "Who?"))
+    with pytest.raises(UserError, match="2 searches failed .--failed-searches allows 1"):
+        run("run", replies, method="rag", failed_searches=1, engine=bad)
+    done = run("run", replies, "--resume", method="rag", failed_searches=2)
+    assert [request.question for request in done.engine.requests] == ["When?"]
+    results = results_of(done.out)
+    assert (results["n"], results["failed"], results["metrics"]["em"]["mean"]) == (2, 1, 50)
+    assert {hops: part["n"] for hops, part in results["by_hops"].items()} == {"1": 1, "2": 1}
+    records = read_lines(done.out / "predictions.jsonl")
+    assert [(record["end"], record["error"], bool(record["scores"])) for record in records] == [
+        ("answered", None, True), ("failed", "HTTP 400", False), ("answered", None, True)]
 
 
-# ---------------------------------------------------------------- run
+def test_a_run_is_resumed_with_its_own_settings_alone_and_overwritten_when_asked(run):
+    run("run", replies)
+    for name, value in (OPTIONS | {"method": "rag", "engine_name": "none"}).items():
+        if name not in ("failed_searches", "batch_size"):
+            with pytest.raises(UserError, match=f"settings: {name.split('_name')[0]}$"):
+                run("run", replies, "--resume", **{name: value})
+    with pytest.raises(UserError, match="--overwrite"):
+        run("run", replies)
+    done = run("run", replies, "--overwrite", method="direct")
+    assert len(read_lines(done.out / "predictions.jsonl")) == 3
+    assert results_of(done.out)["method"] == "direct"
+
+
+def test_seconds_of_a_batch_are_shared_by_its_questions(run, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)  # one second a call
+    done = run("run", replies, method="rag")
+    seconds = [record["seconds"] for record in read_lines(done.out / "predictions.jsonl")]
+    assert seconds == [0.5, 0.5, 1.0] and results_of(done.out)["seconds"] == 2.0
+
+
+# ---------------------------------------------------------------- score, compare, table, report
+
+
+def printed(capsys):
+    """Lines of what was printed, their spaces made single."""
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_score_and_compare_print_what_the_runs_hold(run, capsys):
+    answers = {"a": [" Ann\n", " in Rome\n", "\n"], "b": [" Ann\n", " Rome\n", " 1998\n"]}
+    a, b = (run("run", texts, method="direct", out=out).out for out, texts in answers.items())
+    capsys.readouterr()
+    command(evaluate, "score", a, "--json")
+    scored, metrics = json.loads(capsys.readouterr().out), results_of(a)["metrics"]
+    intervals = scored.pop("intervals")
+    assert scored == {"n": 3} | {name: metrics[name]["mean"] for name in METRICS[:4]}
+    assert intervals == {n: [metrics[n]["low"], metrics[n]["high"]] for n in METRICS[:4]}
+    command(evaluate, "score", b / "predictions.jsonl")
+    lines = printed(capsys)
+    assert "f1, % 66.67 0.00 to 100.00" in lines and "answered, % 100.00 100.00 to 100.00" in lines
+    command(evaluate, "compare", a, b)
+    lines = printed(capsys)
+    for line in ("A B B - A 95 % interval p", "em 33.33 66.67 +33.33 +0.00 to +100.00 1.0000",
+                 "f1 55.56 66.67 +11.11 +0.00 to +33.33 1.0000", "3 questions, in percent",
+                 "cover_em 66.67 66.67 +0.00 +0.00 to +0.00 1.0000"):
+        assert line in lines
+
+
+def evaluation(folder, **more):
+    """results.json of an evaluation in which no two figures are equal."""
+    folder.mkdir(parents=True)
+    metrics = {name: {"mean": 10.0 * i, "low": 10.0 * i - 1, "high": 10.0 * i + 2}
+               for i, name in enumerate(METRICS, 1)}
+    results = {"benchmark": "nq", "method": "agent", "model": "x/Qwen2.5-3B", "engine": "bm25",
+               "n": 77, "metrics": metrics, "seconds": 60.0}
+    (folder / "results.json").write_text(json.dumps(results | more))
+    return folder
+
+
+def table_rows(capsys, *arguments):
+    """Cells of the Markdown that `table` prints, by the first of each row."""
+    command(evaluate, "table", *arguments, "--markdown")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed(capsys)]
+    return {name: cells for name, *cells in rows}
+
+
+def test_table_stands_beside_the_paper(tmp_path, capsys):
+    """Seven benchmarks, whose mean is the paper's `avg`, and one of our own."""
+    names, model = [*evaluate.BENCHMARKS, "world"], "Qwen/Qwen2.5-7B-Instruct"
+    em = [{"em": {"mean": 30.0 + i, "low": 26.0 + i, "high": 34.0 + i}} for i in range(8)]
+    runs = [evaluation(tmp_path / name, benchmark=name, method="rag", model=model, metrics=metrics)
+            for name, metrics in zip(names, em)]
+    rows = table_rows(capsys, *runs[::-1], "--paper-model", "Qwen-2.5-7B")
+    assert rows["EM, %"] == [*names, "avg"] and rows[f"rag, {model}"][0] == "30.0 ±4.0"
+    assert rows[f"rag, {model}"][-1] == "33.0 ±1.5"  # 4 / sqrt(7)
+    assert rows["paper: table3/Qwen-2.5-7B/RAG"] == [
+        "27.4", "58.2", "17.8", "25.8", "23.2", "9.4", "16.8", "-", "25.5"]
+    assert rows["difference"][0] == "+2.6 ±4.0" and rows["difference"][-2:] == ["-", "+7.5 ±1.5"]
+    command(evaluate, "table", runs[0], "--paper-model", "Qwen-2.5-7B")
+    assert "+2.6" in capsys.readouterr().out
+    with pytest.raises(UserError, match="two runs"):
+        command(evaluate, "table", runs[0], runs[0])
+    for flags in (["--paper-model", "GPT"], ["--paper-row", "table3/GPT/RAG"]):
+        with pytest.raises(UserError, match="the paper has no row table3/GPT/RAG; it has table3/"):
+            command(evaluate, "table", *runs, *flags)
+
+
+@pytest.mark.parametrize(("row", "avg"), [
+    ("table3/Qwen-2.5-3B/ZeroSearch-base", 34.47), ("table3/Qwen-2.5-3B/R1-instruct", 19.07),
+    ("table3/LLaMA-3.2-3B/Search-R1-inst", 30.48), ("table4/Prompt-14B", 31.5),
+    ("table4/SFT-7B", 33.53), ("table4/Google", 32.81), ("table5/GRPO", 33.17),
+    ("table6/LLaMA-3.2-3B/random", 34.84), ("table7/without_masking", 34.53), (None, None),
+])
+def test_a_row_of_the_paper_is_named(tmp_path, capsys, row, avg):
+    runs = [evaluation(tmp_path / name, benchmark=name) for name in evaluate.BENCHMARKS]
+    rows = table_rows(capsys, *runs, *(["--paper-row", row] if row else []))
+    assert rows["agent, x/Qwen2.5-3B"] == ["10.0 ±1.5"] * 7 + ["10.0 ±0.6"]
+    assert rows[f"paper: {row or 'no row named'}"][-1] == (f"{avg:.1f}" if row else "-")
+    assert rows["difference"][-1] == (f"{10 - avg:+.1f} ±0.6" if row else "-")
+
+
+def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
+    from matplotlib.axes import Axes
+
+    bars, curves = [], []
+    barh, plot = Axes.barh, Axes.plot
+
+    def record_bar(ax, place, width, **more):
+        bars.append((place, width, more.get("xerr")))
+        return barh(ax, place, width, **more)
+
+    def record_curve(ax, x, y, *args, **more):
+        curves.append((list(x), list(y)))
+        return plot(ax, x, y, *args, **more)
+
+    monkeypatch.setattr(Axes, "barh", record_bar)
+    monkeypatch.setattr(Axes, "plot", record_curve)
+    hops = {str(n): {"n": 5, "em": {"mean": 50.0 + n, "low": 40, "high": 60}} for n in (1, 2)}
+    runs = [evaluation(tmp_path / "one", by_hops=hops),
+            evaluation(tmp_path / "two", by_hops={"2": hops["2"]}),
+            evaluation(tmp_path / "three", method="rag", benchmark="popqa", engine="http"),
+            tmp_path / "zero", tmp_path / "simulator"]
+    for folder, right in zip(runs, (("Ann", "x"), ("Ann", "Rome"), ("x", "x"))):
+        jsonl(folder / "predictions.jsonl", [row | {"answer": a} for row, a in zip(ROWS, right)])
+    for folder in runs[3:]:
+        folder.mkdir()
+    jsonl("simulator/metrics.jsonl", [{"step": 0, "loss": 2.0, "time/step": 3.0}])
+    jsonl("zero/metrics.jsonl", [
+        {"step": i, "reward/mean": 0.1 * i, "search/per_episode": 1.0 + i, "noise/p": 0.5 - i / 50,
+         "time/step": 2400, "time/search": 1200, "cost/searches": 200} for i in range(3)])
+    jsonl("zero/config.json", [{"settings": {"engine": "simulator"},
+                                "hardware": {"device": "cuda", "name": "A100-80GB", "count": 2}}])
+    command(evaluate, "report", *runs, "--out", tmp_path / "page")
+    text = (tmp_path / "page/report.md").read_text()
+    metrics = ("| 77 | 10.0 (9.0 to 12.0) | 20.0 (19.0 to 22.0) | 30.0 (29.0 to 32.0) "
+               "| 50.00 (49.00 to 52.00) |")
+    for line in (
+        "| engine | n | EM, % | F1, % | cover-EM, % | searches a question |",
+        f"| one | nq | agent | bm25 {metrics}", f"| three | popqa | rag | http {metrics}",
+        "| EM, %, by number of hops | 1 | 2 |", "| two | - | 52.0 (40.0 to 60.0) |",
+        "| one | 51.0 (40.0 to 60.0) | 52.0 (40.0 to 60.0) |",
+        "The same 2 questions, **two** minus **one**: EM +50.0 points (95 % interval +0.0 to "
+        "+100.0: it holds 0; p = 1.0000), F1 +50.0 (+0.0 to +100.0).",
+        "| run | steps | reward | searches an episode | noise p |",
+        "| zero | 3 | 0.00 to 0.20 | 1.00 to 3.00 | 0.50 to 0.46 |",
+        # 600 x $275 / 30,000; 2 GPUs for 1 and for 2 hours at $1.475
+        "| zero | 600 | $5.50 | $2.95 | $5.90 | 2 x A100-80GB |", "| zero | 7,200 |",
+        "| three | 60 |", "| simulator | 3 |",
+    ):
+        assert line in text, line
+    em = (10.0, [[1.0], [2.0]])
+    assert bars[:3] == [(0, *em), (1, *em), (0, *em)]  # one and two, then the other benchmark's
+    assert [width for _, width, _ in bars[3:]] == pytest.approx([5.5, 2.95, 5.9])
+    assert [x for x, _ in curves] == [[0, 1, 2]] * 5
+    reward, mean_reward, searches, mean_searches, noise = (y for _, y in curves)
+    assert [*reward, *mean_reward] == pytest.approx([0.0, 0.1, 0.2, 0.05, 0.1, 0.15])
+    assert [*searches, *mean_searches] == pytest.approx([1, 2, 3, 1.5, 2, 2.5])
+    assert noise == pytest.approx([0.5, 0.48, 0.46])
+
+
+def test_report_tells_what_it_lacks(tmp_path, monkeypatch, jsonl):
+    """A run without a config, one step alone, agents without predictions; two folders alike."""
+    from matplotlib.image import imread
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "report", "runs"])
+    for name, steps in (("zero", 40), ("one-step", 1)):
+        (tmp_path / name).mkdir()
+        jsonl(f"{name}/metrics.jsonl", [{"step": i, "reward/mean": i / 40, "noise/p": i / 100,
+                                         "search/per_episode": 1.5} for i in range(steps)])
+    agents = [evaluation(tmp_path / "warm"), evaluation(tmp_path / "trained")]
+    out = tmp_path / "page"
+    runs = [tmp_path / "zero", tmp_path / "one-step", *agents,
+            evaluation(tmp_path / "far/trained", benchmark="popqa", method="rag")]
+    command(evaluate, "report", *runs, "--out", out)
+    text = (out / "report.md").read_text()
+    for part in ("| zero | 40 | 0.04 to 0.94 |", "No cost for zero", "| zero | - |",
+                 f"No paired difference of warm and {agents[1]}", f"| {runs[-1]} | popqa |",
+                 "`python evaluate.py report runs`"):
+        assert part in text, part
+    for name in ("training.png", "em.png"):
+        assert f"({name})" in text
+        pixels = imread(out / name)
+        assert pixels.shape[1] == 1200 and pixels[..., :3].std() > 0.05
+    assert not (out / "costs.png").exists()
+
+    for folder, right in zip(agents, (2, 8)):
+        jsonl(folder / "predictions.jsonl", [question(i) | {"answer": "Lima" if i < right else None}
+                                             for i in range(8)])
+    (out / "seconds.txt").write_text("policy: 120 s\n")
+    command(evaluate, "report", *agents, "--out", out)
+    text = (out / "report.md").read_text()
+    assert ("**trained** minus **warm**: EM +75.0 points (95 % interval +37.5 to +100.0: above 0; "
+            "p = 0.0312)") in text
+    assert "| policy | 120 s |" in text and "## Training" not in text
+
+
+# ---------------------------------------------------------------- resuming, bad input
 
 
 def questions(n: int) -> list[dict]:
-    return [{"id": f"q{i}", "question": f"What is {'very ' * (i % 7)}number {i}?", "golden_answers": [str(i)],
-             "hops": 1 + i % 2} for i in range(n)]  # fmt: skip
+    return [question(i, [str(i)], hops=1 + i % 2)
+            | {"question": f"What is {'very ' * (i % 7)}number {i}?"} for i in range(n)]
+
+
+@pytest.fixture
+def corpus(jsonl):
+    rows = [{"title": "t", "text": f"number {i} is {i}"} for i in range(9)]
+    return jsonl("corpus.jsonl", rows)
 
 
 def without_seconds(out: Path) -> tuple[list[dict], dict]:
-    records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    results = json.loads((out / "results.json").read_text())
+    records, results = read_lines(out / "predictions.jsonl"), results_of(out)
     for part in (*records, results):
         assert part.pop("seconds") > 0
     del results["settings"]
     return records, results
 
 
-def test_resumed_run_ends_like_an_uninterrupted_one(tiny, tmp_path, jsonl):
-    corpus = jsonl("corpus.jsonl", [{"title": "t", "text": f"number {i} is {i}"} for i in range(9)])
-    options = {"model": str(tiny), "data": jsonl("q.jsonl", questions(130)), "corpus": corpus, "limit": 100, "seed": 3,
-               "tokens_per_turn": 6, "max_searches": 1, "batch_size": 16, "context_tokens": 512}  # fmt: skip
-    for method in ("rag", "agent"):
-        out = tmp_path / method
-        evaluate.run(method=method, out=out, **options)
-        whole, results = without_seconds(out)
-        assert len(whole) == len({record["id"] for record in whole}) == results["n"] == 100
-        assert [r["id"] for r in whole] != [f"q{i}" for i in range(100)]  # a sample, not the first rows
-        assert sum(part["n"] for part in results["by_hops"].values()) == 100
-        data = (out / "predictions.jsonl").read_bytes()
-        ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
-        for cut in (ends[40] + 17, ends[31], 5):  # within a batch's line, between two batches, within the first line
-            (out / "predictions.jsonl").write_bytes(data[:cut])
-            (out / "results.json").unlink()
-            evaluate.run(method=method, out=out, resume=True, **options)
-            assert without_seconds(out) == (whole, results)
-        kept = sum(a == b for a, b in zip(data.splitlines(), (out / "predictions.jsonl").read_bytes().splitlines()))
-        assert kept < 100  # the last cut left nothing: all of it was run again, in other seconds
+@pytest.mark.parametrize("method", ["rag", "agent"])
+def test_resumed_run_ends_like_an_uninterrupted_one(tiny, tmp_path, jsonl, corpus, method):
+    """Cut within a batch's line, between two batches, within the first line."""
+    data, out = jsonl("q.jsonl", questions(130)), tmp_path / method
+    run = ["run", "--method", method, "--model", tiny, "--data", data, "--corpus", corpus, "--out",
+           out, "--limit", 100, "--seed", 3, "--tokens-per-turn", 6, "--max-searches", 1,
+           "--batch-size", 16, "--context-tokens", 512]
+    command(evaluate, *run)
+    whole, results = without_seconds(out)
+    assert len(whole) == len({record["id"] for record in whole}) == results["n"] == 100
+    assert sum(part["n"] for part in results["by_hops"].values()) == 100
+    predictions = out / "predictions.jsonl"
+    before = predictions.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(before) if byte == ord("\n")]
+    for cut in (ends[40] + 17, ends[31], 5):
+        predictions.write_bytes(before[:cut])
+        (out / "results.json").unlink()
+        command(evaluate, *run, "--resume")
+        assert without_seconds(out) == (whole, results)
+    # The last cut left nothing: all was run again, in other seconds.
+    assert before.splitlines()[0] != predictions.read_bytes().splitlines()[0]
 
 
-@pytest.mark.parametrize(("number", "kills"), [(40, 1), pytest.param(100, 3, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_to_the_same_results(tiny, tmp_path, jsonl, number, kills):
-    """SIGKILL at random moments of the answering; each resume goes on, and the end is the uninterrupted run's."""
-    data = jsonl("q.jsonl", questions(number))
-    corpus = jsonl("corpus.jsonl", [{"title": "t", "text": f"number {i} is {i}"} for i in range(9)])
-    common = ["--model", tiny, "--data", data, "--corpus", corpus, "--method", "ra-agent", "--max-searches", 2,
-              "--tokens-per-turn", 120, "--batch-size", 4, "--context-tokens", 900]  # fmt: skip
-    command = [sys.executable, ROOT / "evaluate.py", "run", *common, "--out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize(("number", "kills"), [
+    (40, 1), pytest.param(100, 3, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_to_the_same_results(tiny, tmp_path, jsonl, corpus, number, kills):
+    """SIGKILL at random moments of the answering; the end is the uninterrupted run's."""
+    line = [sys.executable, ROOT / "evaluate.py", "run", "--model", tiny, "--data",
+            jsonl("q.jsonl", questions(number)), "--corpus", corpus, "--method", "ra-agent",
+            "--max-searches", 2, "--tokens-per-turn", 120, "--batch-size", 4, "--context-tokens",
+            900, "--out"]
 
-    def start(out: Path, *extra: str) -> subprocess.Popen:
-        arguments = [str(part) for part in (*command, out, *extra)]
-        return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    def start(*more) -> subprocess.Popen:
+        return subprocess.Popen(list(map(str, (*line, *more))), stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE)
 
     def lines(out: Path) -> int:
         file = out / "predictions.jsonl"
@@ -339,309 +765,58 @@ def test_a_killed_run_resumes_to_the_same_results(tiny, tmp_path, jsonl, number,
 
 
 def test_whole_batches(tmp_path):
-    rows, file = questions(10), tmp_path / "predictions.jsonl"
-    lines = [json.dumps({"id": row["id"]}) + "\n" for row in rows]
-    for text, kept in (("", 0), ("".join(lines[:3]), 0), ("".join(lines[:7]), 4), ("".join(lines[:8]) + '{"id"', 8),
-                       ("".join(lines), 10), ("".join(lines)[:-1], 8)):  # fmt: skip
+    ids, file = [str(i) for i in range(10)], tmp_path / "predictions.jsonl"
+    lines = [json.dumps({"id": name}) + "\n" for name in ids]
+    for text, kept in (("", 0), ("".join(lines[:3]), 0), ("".join(lines[:7]), 4),
+                       ("".join(lines[:8]) + '{"id"', 8), ("".join(lines), 10),
+                       ("".join(lines)[:-1], 8)):
         file.write_text(text)
-        assert len(evaluate.whole_batches(file, rows, 4)) == kept
+        assert len(whole_batches(file, ids, 4)) == kept
     with pytest.raises(UserError, match="other questions"):
         file.write_text("".join(lines))
-        evaluate.whole_batches(file, rows[::-1], 4)
-
-
-def test_limit_is_a_seeded_sample():
-    rows = questions(50)
-    first = evaluate.sample_questions(rows, 10, seed=1)
-    assert first == evaluate.sample_questions(rows, 10, seed=1) != evaluate.sample_questions(rows, 10, seed=2)
-    assert first != rows[:10] and len(first) == 10 and all(row in rows for row in first)
-    assert evaluate.sample_questions(rows, None, 0) == evaluate.sample_questions(rows, 99, 0) == rows
+        whole_batches(file, ids[::-1], 4)
 
 
 def test_bad_input_is_one_line(tiny, tmp_path, jsonl, capsys, monkeypatch):
+    """No mistake costs a run its folder, or begins one."""
     good = jsonl("good.jsonl", questions(3))
     broken = tmp_path / "broken.jsonl"
-    broken.write_text(json.dumps(questions(1)[0]) + "\n{oops\n")
-    empty_gold = jsonl("gold.jsonl", [*questions(2), {"id": "x", "question": "?", "golden_answers": []}])
+    broken.write_text(json.dumps(question()) + "\n{oops\n")
+    no_gold = jsonl("gold.jsonl", [question(0), question(1), question(2, answers=[])])
     twice = jsonl("twice.jsonl", questions(2) * 2)
-    answers = jsonl("answers.jsonl", [{"id": i, "question": "?", "golden_answers": ["x"], "answer": "y"} for i in "ab"])
-    others = jsonl("others.jsonl", [{"id": i, "question": "?", "golden_answers": ["x"], "answer": "y"} for i in "ac"])
-    wrong = jsonl("wrong.jsonl", [{"question": "?", "golden_answers": ["x"], "answer": 3}])
-    no_gold = jsonl("no_gold.jsonl", [{"question": "?", "golden_answers": [], "answer": "y"}])
-    used = tmp_path / "used"
+    answers, others = (jsonl(f"{ids}.jsonl", [question(i) | {"answer": "y"} for i in ids])
+                       for ids in ("ab", "ac"))
+    wrong = jsonl("wrong.jsonl", [question() | {"answer": 3}])
+    empty = jsonl("empty.jsonl", [question(answers=[]) | {"answer": "y"}])
+    used, out = tmp_path / "used", tmp_path / "out"
     used.mkdir()
     (used / "config.json").write_text('{"settings": {"model": "another"}}')
-    out = tmp_path / "out"
-    run = ("run", "--model", tiny, "--out", out)
+    fresh, again = (("run", "--model", tiny, "--out", folder, "--data", good)
+                    for folder in (out, used))
     for expected, args in {
-        "unknown benchmark 'nqq'": (*run, "--benchmark", "nqq"),
-        "--benchmark NAME or --data FILE": run,
-        f"{broken}:2: not JSON": (*run, "--data", broken),
-        f"{empty_gold}:3: golden_answers": (*run, "--data", empty_gold),
-        "an id occurs twice": (*run, "--data", twice),
-        "no such file": (*run, "--data", tmp_path / "none.jsonl"),
-        "top-k": (*run, "--data", good, "--top-k", 0),
-        "--limit": (*run, "--data", good, "--limit", 0),
-        "can't serve it": (*run, "--data", good, "--method", "rag", "--engine", "none"),
-        "needs --simulator": (*run, "--data", good, "--engine", "simulator"),
-        "--context-tokens": (*run, "--data", good, "--context-tokens", 500),
-        "holds no run to resume": (*run, "--data", good, "--resume"),
-        "--overwrite": (*run[:3], "--out", used, "--data", good),
-        "other settings": (*run[:3], "--out", used, "--data", good, "--resume"),
-        "nonesuch": ("run", "--model", tmp_path / "nonesuch", "--out", used, "--data", good, "--overwrite"),
-        "no corpus": (*run[:3], "--out", used, "--data", good, "--corpus", tmp_path / "no corpus", "--overwrite"),
-        "is not one of": (*run, "--data", good, "--method", "guess"),
+        "unknown benchmark 'nqq'": (*fresh[:5], "--benchmark", "nqq"),
+        "--benchmark NAME or --data FILE": fresh[:5],
+        f"{broken}:2: not JSON": (*fresh, "--data", broken),
+        f"{no_gold}:3: golden_answers": (*fresh, "--data", no_gold),
+        "an id occurs twice": (*fresh, "--data", twice),
+        "no such file": (*fresh, "--data", tmp_path / "none.jsonl"),
+        "--top-k must be at least 1, not 0": (*fresh, "--top-k", 0),
+        "--limit": (*fresh, "--limit", 0),
+        "can't serve it": (*fresh, "--method", "rag", "--engine", "none"),
+        "needs --simulator": (*fresh, "--engine", "simulator"),
+        "--context-tokens": (*fresh, "--context-tokens", 500),
+        "holds no run to resume": (*fresh, "--resume"),
+        "--overwrite": again,
+        "other settings": (*again, "--resume"),
+        "nonesuch": (*again, "--overwrite", "--model", tmp_path / "nonesuch"),
+        "no corpus": (*again, "--overwrite", "--corpus", tmp_path / "no corpus"),
+        "--method guess: there are agent": (*fresh, "--method", "guess"),
         f"{wrong}:1: answer": ("score", wrong),
-        f"{no_gold}:1: golden_answers": ("score", no_gold),
+        f"{empty}:1: golden_answers": ("score", empty),
         "no field answer": ("score", good),
-        "such as b": ("compare", answers, others),
+        "such as qb": ("compare", answers, others),
         "neither metrics.jsonl nor results.json": ("report", tmp_path, "--out", out),
         "not the results of an evaluation": ("table", used),
     }.items():
         assert expected in one_line(capsys, monkeypatch, evaluate, *args)
-    assert (used / "config.json").exists() and not out.exists()  # no mistake cost a run its folder, or began one
-
-
-# ---------------------------------------------------------------- table, report
-
-
-def write_results(folder: Path, benchmark: str, method: str, em: float, **more) -> Path:
-    folder.mkdir(parents=True)
-    metric = {"mean": em, "low": em - 4, "high": em + 4}
-    names = ("em", "f1", "cover_em", "answered", "searches", "tokens")
-    results = {"benchmark": benchmark, "method": method, "model": "Qwen/Qwen2.5-7B-Instruct", "engine": "bm25",
-               "n": 500, "metrics": dict.fromkeys(names, metric), "by_hops": {"2": {"n": 500, "em": metric}},
-               "seconds": 60.0}  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results | more))
-    return folder
-
-
-def cells(capsys) -> dict[str, list[str]]:
-    """The rows of a Markdown table by their first cell; rows of one name get all their cells."""
-    rows: dict[str, list[str]] = {}
-    for line in capsys.readouterr().out.splitlines():
-        name, *values = [cell.strip() for cell in line.strip("|").split("|")]
-        rows.setdefault(name, []).extend(values)
-    return rows
-
-
-def test_table_beside_the_paper(tmp_path, capsys):
-    names = [*evaluate.BENCHMARKS, "world"]
-    runs = [write_results(tmp_path / name, name, "rag", 30.0 + i) for i, name in enumerate(names)]
-    evaluate.table(runs, markdown=True)
-    rows = cells(capsys)
-    assert rows["EM, %, table3"] == [*names[:7], "world", "avg"]
-    assert rows["rag, Qwen/Qwen2.5-7B-Instruct"][0] == "30.0 ±4.0"
-    assert rows["rag, Qwen/Qwen2.5-7B-Instruct"][-1] == "33.0 ±1.5"  # 4 / sqrt(7)
-    assert rows["paper: Qwen-2.5-7B, RAG"] == ["27.4", "58.2", "17.8", "25.8", "23.2", "9.4", "16.8", "-", "25.5"]
-    assert rows["difference"][0] == "+2.6 ±4.0" and rows["difference"][-2:] == ["-", "+7.5 ±1.5"]
-    evaluate.table(runs[:1])
-    assert "+2.6" in capsys.readouterr().out
-    with pytest.raises(UserError, match="two runs"):
-        evaluate.table([runs[0], runs[0]])
-    with pytest.raises(UserError, match="no model"):
-        evaluate.table(runs, paper_model="GPT")
-
-
-RL = {"algorithm": "grpo", "engine": "simulator", "simulator": "x/Qwen2.5-14B", "curriculum": "random",
-      "mask_documents": False}  # fmt: skip
-
-
-@pytest.mark.parametrize(("paper", "start", "changes", "label", "avg"), [
-    ("table3", "Qwen/Qwen2.5-3B", {}, "Qwen-2.5-3B, ZeroSearch-base", 34.47),
-    ("table3", "Qwen/Qwen2.5-3B-Instruct", {"engine": "none"}, "Qwen-2.5-3B, R1-instruct", 19.07),
-    ("table3", "meta-llama/Llama-3.2-3B-Instruct", {"engine": "bm25"}, "LLaMA-3.2-3B, Search-R1-inst", 30.48),
-    ("table4", "Qwen/Qwen2.5-3B", {}, "Qwen-2.5-3B, Prompt-14B", 31.5),
-    ("table4", "Qwen/Qwen2.5-3B", {"simulator": "x/Simulation_LLM_google_7B_V2"}, "Qwen-2.5-3B, SFT-7B", 33.53),
-    ("table4", "Qwen/Qwen2.5-3B", {"engine": "bm25"}, "Qwen-2.5-3B, Google", 32.81),
-    ("table4", "Qwen/Qwen2.5-7B", {}, "Qwen-2.5-7B, none", None),
-    ("table5", "Qwen/Qwen2.5-3B", {}, "Qwen-2.5-3B, GRPO", 33.17),
-    ("table6", "meta-llama/Llama-3.2-3B", {}, "LLaMA-3.2-3B, random", 34.84),
-    ("table7", "meta-llama/Llama-3.2-3B", {}, "LLaMA-3.2-3B, without_masking", 34.53),
-    ("table3", "smollm2", {}, "none of the size of smollm2", None),
-])  # fmt: skip
-def test_trained_policies_find_their_row(paper, start, changes, label, avg):
-    published = json.loads((ROOT / "data/paper.json").read_text())
-    results = {"method": "agent", "model": "runs/x/model", "lineage": [RL | changes, {"model": start, "lr": 1}]}
-    found, figures = evaluate.paper_row(published, paper, results, None)
-    assert (found, figures.get("avg")) == (label, avg)
-
-
-def test_lineage_follows_local_models(tmp_path):
-    for name, start in (("warmup", "smollm2"), ("policy", str(tmp_path / "warmup/model"))):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"settings": {"model": start, "name": name}}))
-    assert [run["name"] for run in evaluate.lineage(str(tmp_path / "policy/model"))] == ["policy", "warmup"]
-    assert evaluate.lineage("smollm2") == []
-
-
-def write_metrics(folder: Path, steps: int) -> Path:
-    folder.mkdir(parents=True)
-    rows = [{"step": i, "reward/mean": i / steps, "search/per_episode": 1.5, "noise/p": i / 100, "time/step": 2.0}
-            for i in range(steps)]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def test_report_needs_metrics_and_results_alone(tmp_path, monkeypatch):
-    from matplotlib.image import imread
-
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "report", "runs"])
-    runs = [write_metrics(tmp_path / "zerosearch", 40), write_metrics(tmp_path / "one-step", 1),
-            write_results(tmp_path / "warm", "nq", "agent", 20.0),
-            write_results(tmp_path / "trained", "nq", "agent", 40.0),
-            write_results(tmp_path / "far/trained", "popqa", "rag", 90.0)]  # fmt: skip
-    (tmp_path / "simulator").mkdir()
-    (tmp_path / "simulator/metrics.jsonl").write_text('{"step": 0, "loss": 2.0, "time/step": 3.0}\n')
-    out = tmp_path / "report"
-    evaluate.report([*runs, tmp_path / "simulator"], out)
-    text = (out / "report.md").read_text()
-    for part in ("20.0 (16.0 to 24.0)", "| zerosearch | 40 | 0.04 to 0.94 |", "| simulator | 3 |",
-                 "| zerosearch | 80 |",
-                 "No paired difference of warm and", "No cost for zerosearch",
-                 "`python evaluate.py report runs`"):  # fmt: skip
-        assert part in text, part
-    for name in ("training.png", "em.png"):
-        assert f"({name})" in text
-        pixels = imread(out / name)
-        assert pixels.shape[1] == 1200 and pixels[..., :3].std() > 0.05
-    assert not (out / "costs.png").exists()
-
-
-def test_report_costs_and_paired_difference(tmp_path, monkeypatch, jsonl):
-    run = write_metrics(tmp_path / "zerosearch", 5)
-    counters = {"cost/searches": 100, "time/search": 1.0}
-    rows = [json.loads(line) | counters for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hardware = {"device": "cpu", "name": "x", "count": 2}
-    (run / "config.json").write_text(json.dumps({"settings": {"engine": "simulator"}, "hardware": hardware}))
-    agents = [write_results(tmp_path / name, "world", "agent", 50.0) for name in ("warm", "trained")]
-    for agent, right in zip(agents, (2, 8)):
-        answers = [{"id": i, "question": "?", "golden_answers": ["x"], "answer": "x" if i < right else None}
-                   for i in range(8)]  # fmt: skip
-        (agent / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-    (tmp_path / "seconds.txt").write_text("policy: 120 s\n")
-    evaluate.report([run, *agents], tmp_path)
-    text = (tmp_path / "report.md").read_text()
-    assert "**trained** minus **warm**: EM +75.0 points (95 % interval +37.5 to +100.0: above 0; p = 0.0312)" in text
-    assert "| zerosearch | 500 | $4.58 |" in text  # 500 x $275 / 30,000
-    assert "| policy | 120 s |" in text
-    assert (tmp_path / "costs.png").exists()
-
-
-def test_ask_prints_thoughts_documents_and_answer(tokenizer, monkeypatch, capsys):
-    replies = ["<think>?</think><search> capital of France </search>", "<answer> Paris </answer>"]
-    plug_generators(monkeypatch, {"any": FakeGenerator(tokenizer, replies)})
-    command(evaluate, "ask", "What is the capital of France?", "--model", "any")
-    shown = capsys.readouterr().out
-    for part in ("<search> capital of France </search>", "1. ", "<answer> Paris </answer>", "Paris (1 searches)"):
-        assert part in shown
-
-
-# ---------------------------------------------------------------- data/prepare.py
-
-
-@pytest.fixture
-def prepare(tmp_path, monkeypatch):
-    import datasets
-
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "prepare", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    return module
-
-
-def flashrag(folder: Path, **files: list[dict]) -> Path:
-    """A local copy in the layout of the Hub repository: configurations in the README, a JSONL file a split."""
-    configs = []
-    for name, rows in files.items():
-        config, split = name.split("__")
-        (folder / config).mkdir(parents=True, exist_ok=True)
-        (folder / config / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files_of = f"  - split: {split}\n    path: {config}/{split}.jsonl\n"
-        configs.append(f"- config_name: {config}\n  data_files:\n{files_of}")
-    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
-    return folder
-
-
-def test_prepare_benchmark(prepare, tmp_path, monkeypatch, capsys):
-    rows = [{"id": "test_0", "question": " who? ", "golden_answers": ["A", "Ann", "Ann"], "metadata": {"x": 1}},
-            {"id": "test_1", "question": "which?", "golden_answers": ["the"], "metadata": {"x": 2}},
-            {"id": "test_0", "question": " who? ", "golden_answers": ["Ann"], "metadata": {"x": 3}},
-            {"id": "test_2", "question": "who?", "golden_answers": ["Bob"], "metadata": {"x": 4}}]  # fmt: skip
-    source = flashrag(tmp_path / "hub", nq__test=rows, hotpotqa__dev=rows[3:])
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "nq", "hotpotqa", "--source", str(source), "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as exit_:
-        run_cli(prepare.app)
-    assert exit_.value.code == 0
-    assert read_questions(tmp_path / "nq.jsonl") == [
-        {"id": "test_0", "question": "who?", "golden_answers": ["Ann"]},
-        {"id": "test_2", "question": "who?", "golden_answers": ["Bob"]},
-    ]
-    assert len(read_questions(tmp_path / "hotpotqa.jsonl")) == 1
-    notes = " ".join(capsys.readouterr().err.split())
-    for note in ("1 without a usable golden answer", "1 written twice", "1 questions asked under several ids",
-                 "4 rows where 3,610 are published"):  # fmt: skip
-        assert note in notes
-
-
-def test_prepare_training_sets(prepare, tmp_path):
-    import datasets
-
-    nq = [{"id": "train_0", "question": "a?", "golden_answers": ["x"]}]
-    hotpotqa = [{"id": "train_0", "question": "b?", "golden_answers": ["y"]}]
-    source = flashrag(tmp_path / "flashrag", nq__train=nq, hotpotqa__train=hotpotqa)
-    expected = [{"id": "nq-train_0", "question": "a?", "golden_answers": ["x"], "data_source": "nq"},
-                {"id": "hotpotqa-train_0", "question": "b?", "golden_answers": ["y"],
-                 "data_source": "hotpotqa"}]  # fmt: skip
-    assert prepare.prepare("train", str(source))[0] == expected
-    parquet = tmp_path / "parquet"
-    parquet.mkdir()
-    rows = [row | {"data_source": name, "prompt": [{"role": "user", "content": "?"}]}
-            for name, row in (("nq", nq[0]), ("hotpotqa", hotpotqa[0]))]  # fmt: skip
-    for split in ("train", "test"):
-        datasets.Dataset.from_list(rows).to_parquet(parquet / f"{split}.parquet")
-    assert prepare.prepare("train-search-r1", str(parquet))[0] == expected
-
-
-@pytest.mark.parametrize("row", [
-    {"prompt": "ask", "response": "tell"},
-    {"instruction": "ask", "input": "", "output": "tell"},
-    {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}]},
-    {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "tell"}]},
-])  # fmt: skip
-def test_prepare_tuning_sets(prepare, tmp_path, row):
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "SimulationTuning_wiki_dataset.json").write_text(json.dumps([row] * 2))  # the one file of the Hub's
-    assert prepare.prepare("simulation-wiki", str(tmp_path / "hub"))[0] == [{"prompt": "ask", "response": "tell"}] * 2
-
-
-def test_prepare_names_file_and_line(prepare, tmp_path, monkeypatch, capsys):
-    good = {"id": "1", "question": "a?", "golden_answers": ["x"]}
-    bad = flashrag(tmp_path / "bad", nq__test=[good, good | {"id": "2", "question": None}])
-    broken = flashrag(tmp_path / "broken", nq__test=[good])
-    (broken / "nq/test.jsonl").write_text(json.dumps(good) + "\n{oops\n")
-    clash = flashrag(tmp_path / "clash", nq__test=[good, good | {"question": "b?"}])
-    for source, expected in ((bad, "nq/test.jsonl:2: no question"), (broken, "nq/test.jsonl:2: not JSON"),
-                             (clash, "id '1' belongs to two questions")):  # fmt: skip
-        assert expected in one_line(capsys, monkeypatch, prepare, "nq", "--source", source, "--out", tmp_path)
-    assert "unknown set" in one_line(capsys, monkeypatch, prepare, "nqq")
-    assert "no such folder" in one_line(capsys, monkeypatch, prepare, "nq", "--source", tmp_path / "no")
-
-
-# ---------------------------------------------------------------- real rows
-
-
-@pytest.mark.skipif("QA_DATA" not in os.environ, reason="QA_DATA names no folder of benchmark rows")
-@pytest.mark.parametrize("name", evaluate.BENCHMARKS)
-def test_real_rows_score_their_own_answers(name):
-    rows = read_questions(Path(os.environ["QA_DATA"]) / f"{name}.jsonl")
-    assert len(rows) == (125 if name == "bamboogle" else 500)
-    for row in rows:
-        real = [answer for answer in row["golden_answers"] if normalize_answer(answer)]
-        for answer in real:
-            scores = evaluate.answer_scores(f" The {answer}!", row["golden_answers"])
-            assert scores == {"em": 1, "f1": 1, "cover_em": 1, "answered": 1}, (answer, row)
+    assert (used / "config.json").exists() and not out.exists()

@@ -1,36 +1,225 @@
-"""One test for every wire of `train_rl.py train`: a setting or a datum, and who must get it.
+"""train_rl.py but for its update: episodes, reward, curriculum, and every wire of `train`.
 
 The real command runs in this process; only the models that generate, and real search engines, are
-scripted. What was asked of them, and what the run wrote, is what the tests look at."""
+scripted. What was asked of them, and what the run wrote, is what the tests look at.
+
+Where the published code departs from the published method, and the test that fails if that is put
+back here (before the colon the file, if not this one):
+
+ 1  KL to the reference maximised     test_train_rl_update: test_a_whole_step_equals_a_slow_one
+ 2  queries paired with others'       test_a_request_carries_its_own_question_and_every_alias
+    questions
+ 3  answers found in the prompt       test_only_the_policys_own_text_is_parsed
+ 4  substring match called EM         test_evaluate: test_em_and_f1_equal_torchmetrics
+ 5  validation at temperature 1       test_evaluate: test_evaluation_by_hand
+ 6  sampled text tokenised again      test_sampled_ids_are_trained_as_they_are
+ 7  PPO over document tokens          test_train_rl_update: test_a_whole_step_equals_a_slow_one
+ 8  REINFORCE without a baseline      test_train_rl_update: test_advantages_by_hand
+ 9  full contexts cut on both sides   test_a_full_context_is_one_rule
+10  sampled at top-p 0.95             test_generate: test_sampling_follows_the_distribution
+11  minibatches of unequal weight
+      test_train_rl_update: test_gradient_is_the_same_however_the_batch_is_cut
+12  schedules end after the run       test_curriculum_is_the_published_formula
+    and the last update is skipped
+      test_sft_simulator: test_lr_rises_over_a_twentieth_of_the_steps_then_falls
+13  last batch dropped, wrong columns test_evaluate: test_evaluation_by_hand
+14  groups by an unclear index
+      test_train_rl_update: test_a_group_is_the_rollouts_of_one_prompt
+15  endless loop round a dead engine
+      test_remote: test_a_fault_that_stays_ends_in_one_clear_error_within_the_bound
+    whose episode is scored           test_failed_searches_are_counted_over_the_whole_run
+16  a last search that nobody reads   test_the_last_turn_pays_for_no_search
+17  no stop strings                   test_an_option_reaches_what_it_is_about
+18  "five" documents, whatever top-k  test_an_option_reaches_what_it_is_about
+19  noise drawn without a seed        test_every_draw_has_its_own_seed
+20  </information> cut off            test_documents_are_cut_and_tags_never
+21  one alias for the simulator       test_a_request_carries_its_own_question_and_every_alias
+    checkpoints of weights alone
+      test_checkpoints: test_killed_three_times_it_ends_as_if_nothing_had_been
+"""
 
 import json
+import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import (
-    FakeEngine,
-    FakeGenerator,
-    command,
-    make_model,
-    plug_engine,
-    plug_generators,
-    question,
-    read_lines,
-    read_metrics,
-)
+from helpers import (BUDGET, HOSTILE, LIMITS, PROMPTS, TWO_PROCESSES, FakeEngine, FakeGenerator,
+                     command, make_model, one_line, play, plug_engine, plug_generators, question,
+                     read_lines, read_metrics)
 from transformers import AutoModelForCausalLM
 
-import sft_simulator as sim
 import train_rl as rl
+from plumbing.cli import UserError
+from plumbing.files import draw_seed
+from plumbing.generate import Generation
+from plumbing.metrics import rollout_metrics
+from plumbing.text import ROOT, encode
+
+
+def test_the_tests_of_the_table_above_exist():
+    rows = re.findall(r"(?:(test_\w+): )?(test_\w+)$", __doc__, re.M)
+    assert len(rows) == 24
+    for module, name in rows:
+        file = ROOT / f"tests/{module or 'test_train_rl'}.py"
+        assert f"\ndef {name}(" in file.read_text(encoding="utf-8"), (module, name)
+
+
+# ---------------------------------------------------------------- episodes
+
+
+def test_an_episode_is_what_was_sampled_and_read(tokenizer):
+    replies = ["<think> t </think>\n<search> capital of Peru </search>", "<answer> Lima </answer>"]
+    (episode,), generator, engine = play(tokenizer, replies, ["Lima is it.", "Not me."])
+    read = "\n<information>\n1. Lima is it.\n2. Not me.\n</information>\n"
+    prompt = tokenizer.decode(episode.ids[: episode.prompt_tokens])
+    assert tokenizer.decode(episode.ids) == prompt + replies[0] + read + replies[1]
+    written = [token for token, sampled in zip(episode.ids, episode.mask) if sampled]
+    assert tokenizer.decode(written) == replies[0] + replies[1]
+    assert (episode.answer, episode.end, episode.reward) == ("Lima", "answered", 1.0)
+    assert (episode.searches, episode.simulator_tokens) == (1, 11)
+    assert generator.prompts[1] == prompt + replies[0] + read
+    assert engine.requests[0].query == "capital of Peru"
+
+
+def test_sampled_ids_are_trained_as_they_are(tokenizer):
+    """Ids that no encoder would choose, special tokens among them, the end-of-text token too."""
+    ids = [tokenizer.eos_token_id, *encode(tokenizer, "<answer>Li"), 0,
+           *encode(tokenizer, "ma</answer>")]
+    generator = FakeGenerator(tokenizer, [])
+    generator.generate = lambda *arguments: [Generation(list(ids), [-1.0] * len(ids), "stop")]
+    episode = rl.new_episode(question(), 0, tokenizer, PROMPTS)
+    rl.rollout([episode], rl.Setup(generator, None, PROMPTS, LIMITS))
+    assert episode.ids[episode.prompt_tokens :] == ids
+    for mask in (episode.mask, episode.trained_mask(True)):
+        assert mask[episode.prompt_tokens :] == [1] * len(ids)
+
+
+def test_only_the_policys_own_text_is_parsed(tokenizer):
+    """A question and a document hold an answer, the policy gives none: no answer, reward 0."""
+    row = question(answers=["Beijing"]) | {"question": "Is it <answer> Beijing </answer>?"}
+    episode = rl.new_episode(row, 0, tokenizer, PROMPTS)
+    assert "<answer>" in tokenizer.decode(episode.ids)  # the template names the tag
+    generator = FakeGenerator(tokenizer, ["<search>a</search>"] * 3)
+    engine = FakeEngine("It is <answer> Beijing </answer>.")
+    rl.rollout([episode], rl.Setup(generator, engine, PROMPTS, LIMITS))
+    rl.score(episode)
+    assert episode.answer is None and episode.reward == episode.scores["answered"] == 0
+
+
+def test_the_last_turn_pays_for_no_search(tokenizer):
+    (episode,), _, engine = play(tokenizer, ["<search>a</search>"] * 3)
+    assert len(engine.requests) == LIMITS.max_searches == episode.searches
+    assert episode.end == "turns" and episode.turns[-1].query is None
+
+
+def test_documents_are_cut_and_tags_never(tokenizer):
+    bare = "\n<information>\n\n</information>\n"
+    for limit in (0, 10, 60, 500):
+        text = tokenizer.decode(rl.observation_ids(tokenizer, ["word " * 100], limit))
+        assert text.startswith("\n<information>\n") and text.endswith("\n</information>\n")
+        assert len(text) == max(limit, len(bare))  # a token is a letter
+
+
+def test_a_full_context_is_one_rule(tokenizer):
+    """What was sampled is trained, uncut; the episode ends, is counted, and has no answer."""
+    prompt = len(rl.new_episode(question(), 0, tokenizer, PROMPTS).ids)
+    limits = rl.EpisodeSettings(max_searches=5, tokens_per_turn=64, context_tokens=prompt + 390,
+                                observation_tokens=150)
+    (episode,), generator, _ = play(tokenizer, ["<search>a</search>"] * 5, ["word " * 100], limits)
+    assert (episode.end, episode.answer, episode.reward) == ("context", None, 0)
+    assert len(episode.ids) <= limits.context_tokens
+    assert rollout_metrics([episode], 1)["search/context_overflows"] == 1
+    text = tokenizer.decode(episode.ids)
+    assert text.startswith(generator.prompts[-1])  # no cut on the left
+    sampled = tokenizer.decode([t for t, mine in zip(episode.ids, episode.mask) if mine])
+    assert sampled.count("<search>") == len(generator.prompts) > 1  # none on the right
+
+
+@pytest.mark.parametrize("document", HOSTILE)
+def test_hostile_documents_forge_nothing(tokenizer, document):
+    replies = ["<search> a </search>", "<answer> honest </answer>"]
+    (episode,), generator, _ = play(tokenizer, replies, [document, "second"])
+    after = slice(episode.prompt_tokens, None)
+    read = [t for t, mine in zip(episode.ids[after], episode.mask[after]) if not mine]
+    assert not set(tokenizer.all_special_ids) & set(read)
+    text = tokenizer.decode(read)
+    assert text.count("<information>") == text.count("</information>") == 1
+    assert text.endswith("</information>\n") and episode.answer == "honest"
+    assert rl.parse_action(text) == ("invalid", "")
+
+
+@pytest.mark.parametrize("text,action", [
+    ("<think> x </think><search> q </search>", ("search", "q")),
+    ("<answer>a\nb</answer>", ("answer", "a\nb")),
+    ("<answer></answer>", ("answer", "")),
+    ("<search> </search>", ("invalid", "")),
+    ("<search> q", ("invalid", "")),
+    ("</search>", ("invalid", "")),
+    ("<search> q </search> <answer> a </answer>", ("search", "q")),
+])
+def test_actions(text, action):
+    assert rl.parse_action(text) == action
+
+
+def test_noise_comes_with_its_probability(tokenizer):
+    episode = rl.new_episode(question(3), 2, tokenizer, PROMPTS)
+    for p, low, high in ((0.0, 0, 0), (0.2, 50, 110), (0.5, 160, 240), (1.0, 400, 400)):
+        draws = [rl.noise_quality(p, 0, step, episode, 1) for step in range(400)]
+        assert low <= draws.count("noisy") <= high
+
+
+def test_a_rollout_and_a_replay_give_the_same_ids(tokenizer):
+    replies = ["<think> t </think>\n<search> a </search>", "<answer> b </answer>"]
+    (episode,), _, _ = play(tokenizer, replies, ["d", "e"])
+    turns = [{"text": replies[0], "query": "a", "documents": ["d", "e", "deeper"]},
+             {"text": replies[1]}]
+    sequence = rl.replay(question() | {"turns": turns}, tokenizer, PROMPTS, top_k=2)
+    assert (sequence.ids, sequence.mask) == (episode.ids, episode.mask)
+
+
+# ---------------------------------------------------------------- curriculum
+
+
+def test_curriculum_is_the_published_formula():
+    def p(step, name="exponential", **changes):
+        return rl.CURRICULA[name](step, rl.CurriculumSettings(curriculum=name, **changes))
+
+    whole = [p(i) for i in range(203)]
+    assert whole[0] == 0 and whole[-1] == pytest.approx(0.5) and whole == sorted(whole)
+    assert whole[101] == pytest.approx((4 ** (101 / 202) - 1) / 3 * 0.5)
+    assert p(0, steps=1, p_start=0.2, p_end=0.9) == 0.2
+    assert p(1, steps=2) == pytest.approx(0.5)  # a schedule ends where the run ends
+    half = {"steps": 11, "p_start": 0, "p_end": 0.5}
+    assert p(5, **half, base=1) == pytest.approx(0.25)  # the linear limit, and close to it
+    assert p(5, **half, base=1 + 1e-6) == pytest.approx(0.25, abs=1e-6)
+    falling = p(5, steps=11, p_start=0.5, p_end=0.1, base=0.25)  # and a base below 1: allowed
+    assert 0.1 < falling < 0.5
+    drawn = [p(i, "random", p_start=0.1, seed=1) for i in range(203)]
+    assert 0.1 <= min(drawn) < 0.15 and 0.45 < max(drawn) <= 0.5
+    assert drawn[7] == p(7, "random", p_start=0.1, seed=1)
+
+
+def test_schedule_command(capsys):
+    command(rl, "schedule", "--steps", 5, "--p-end", 0.4, "--json")
+    p = json.loads(capsys.readouterr().out)
+    assert p == pytest.approx([(4 ** (i / 4) - 1) / 3 * 0.4 for i in range(5)])
+    command(rl, "schedule", "--steps", 5, "--p-end", 0.4)
+    assert "p 0.4000" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the command, with fakes
 
 ALIASES = ("Lima", "City of Kings")
-BUDGET = {"steps": 2, "prompts-per-step": 2, "rollouts": 2, "top-k": 2, "max-searches": 2,
-          "tokens-per-turn": 64, "context-tokens": 4000, "observation-tokens": 300, "lr": 1e-2,
-          "kl-coef": 0, "simulator-max-tokens": 33, "p-start": 0, "p-end": 1, "seed": 0}
+SMALL = {"steps": 2, "prompts-per-step": 2, "rollouts": 2, "top-k": 2, "max-searches": 2,
+         "tokens-per-turn": 64, "context-tokens": 4000, "observation-tokens": 300, "lr": 1e-2,
+         "kl-coef": 0, "simulator-max-tokens": 33, "p-start": 0, "p-end": 1, "seed": 0}
 DOCUMENTS = "1. Lima is it.\n2. Not me."
 
 
@@ -67,15 +256,15 @@ def train(monkeypatch, tmp_path, jsonl, tiny, tokenizer, exact, sgd):
         loads = plug_generators(monkeypatch, fakes)
         settings = {"data": jsonl("own.jsonl", rows) if rows else data, "model": tiny,
                     "simulator": simulator, "out": tmp_path / out}
-        settings |= BUDGET | {name.replace("_", "-"): value for name, value in options.items()}
-        made = len(sgd)
-        command(rl, "train", *(part for name, value in settings.items()
-                               for part in (f"--{name}", value)), *flags)
-        run_dir = tmp_path / out
-        return SimpleNamespace(out=run_dir, policy=fakes[str(tiny)], loads=loads, start=tiny,
+        settings |= SMALL | {name.replace("_", "-"): value for name, value in options.items()}
+        made, folder = len(sgd), tmp_path / out
+        given = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        command(rl, "train", *given, *flags)
+        return SimpleNamespace(out=folder, policy=fakes[str(tiny)], loads=loads, start=tiny,
                                simulator=fakes[str(simulator)], optimizers=sgd[made:],
-                               metrics=read_metrics(run_dir), all=read_lines(run_dir / "metrics.jsonl"),
-                               episodes=read_lines(run_dir / "episodes.jsonl"))
+                               metrics=read_metrics(folder),
+                               all=read_lines(folder / "metrics.jsonl"),
+                               episodes=read_lines(folder / "episodes.jsonl"))
 
     return run
 
@@ -108,25 +297,26 @@ SCRIPT = {  # (step, question, sample, turn) -> what the policy writes
     (0, "q1", 1, 1): "<search> b </search>",
     (0, "q1", 1, 2): "no more",
 } | {(1, f"q{i}", g, 0): f"<answer> {i} </answer>" for i in (0, 1) for g in (0, 1)}
-SEEDS = {sim.draw_seed("policy", 0, *key): key for key in SCRIPT}
+SEEDS = {draw_seed("policy", 0, *key): key for key in SCRIPT}
 
 
 def test_a_step_worked_by_hand(train, tokenizer):
     """GRPO: rewards 1 and 0.8, 0 and 0; every number that is logged, and the weights."""
     replies = {"a": "no list", "b": "1. x\n2. y\n3. z", "Peru": DOCUMENTS}
-    simulator = lambda prompt, seed: replies[prompt.split("Query: ")[1].split("<|im_end|>")[0]]  # noqa: E731
-    run = train(lambda prompt, seed: SCRIPT[SEEDS[seed]], simulator, rows=ROWS, importance_cap=1.5)
+    query = re.compile(r"Query: (.*?)<\|im_end")
+    run = train(lambda prompt, seed: SCRIPT[SEEDS[seed]], rows=ROWS, importance_cap=1.5,
+                documents=lambda prompt, seed: replies[query.search(prompt)[1]])
     first = [e for e in run.episodes if e["step"] == 0]
     by_key = {(e["id"], e["sample"]): e for e in first}
 
     # what the sampler got: each turn's ids are those of the turn before, and what came back
     def prompt(row, *parts):
-        system = sim.load_prompts()["policy"]["system"].strip()
+        system = PROMPTS["policy"]["system"].strip()
         return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nQuestion: "
                 f"{row['question']}<|im_end|>\n<|im_start|>assistant\n") + "".join(parts)
 
     s, block = SCRIPT, "\n<information>\n1. {}\n2. {}\n</information>\n"
-    notice, last = (sim.load_prompts()["policy"][name] + "\n" for name in ("notice", "last_turn"))
+    notice, last = (PROMPTS["policy"][name] + "\n" for name in ("notice", "last_turn"))
     peru = prompt(ROWS[0], s[0, "q0", 0, 0], block.format("Lima is it.", "Not me."))
     hm = prompt(ROWS[0], "hm<|im_end|>", "\n" + notice)
     empty = prompt(ROWS[1], s[0, "q1", 1, 0], "\n<information>\n\n</information>\n")
@@ -200,6 +390,10 @@ def all_sampling(generator, name):
     return {getattr(call.sampling, name) for call in generator.calls}
 
 
+def sizes(generator):
+    return [len(call.prompts) for call in generator.calls]
+
+
 @pytest.mark.parametrize("option,value,seen", [
     ("temperature", 0.7, lambda run: all_sampling(run.policy, "temperature") == {0.7}),
     ("tokens_per_turn", 50, lambda run: all_sampling(run.policy, "max_tokens") == {50}),
@@ -211,11 +405,11 @@ def all_sampling(generator, name):
     ("top_k", 3, lambda run: all("Write 3 documents" in p for p in run.simulator.prompts)),
     ("max_searches", 0, lambda run: len(run.policy.calls) == 2 and not run.simulator.calls),
     ("max_searches", 1, lambda run: len(run.policy.calls) == 4),
-    ("prompts_per_step", 3, lambda run: [len(call.prompts) for call in run.policy.calls] == [6] * 4),
-    ("rollouts", 3, lambda run: [len(call.prompts) for call in run.policy.calls] == [6] * 4),
+    ("prompts_per_step", 3, lambda run: sizes(run.policy) == [6] * 4),
+    ("rollouts", 3, lambda run: sizes(run.policy) == [6] * 4),
     ("steps", 3, lambda run: [row["step"] for row in run.metrics] == [0, 1, 2]),
     ("context_tokens", 490, lambda run: {e["end"] for e in run.episodes} == {"context"}),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_an_option_reaches_what_it_is_about(train, option, value, seen):
     assert seen(train(**{option: value}))
 
@@ -226,7 +420,8 @@ def test_documents_are_cut_to_observation_tokens(train, tokenizer):
               if searches_made(p)]
     opening, closing = "\n<information>\n", "\n</information>\n"
     kept = 45 - len(opening) - len(closing)
-    assert blocks == [opening + DOCUMENTS[:kept] + closing] * len(blocks) and 0 < kept < len(DOCUMENTS)
+    assert blocks == [opening + DOCUMENTS[:kept] + closing] * len(blocks)
+    assert 0 < kept < len(DOCUMENTS)
 
 
 def test_models_are_loaded_for_what_they_do(train):
@@ -240,18 +435,25 @@ def test_models_are_loaded_for_what_they_do(train):
 
 def test_a_real_engine_is_made_of_its_options(train, monkeypatch, tmp_path):
     engine = FakeEngine("real document", "second")
-    loads = plug_engine(monkeypatch, engine)
+    made = plug_engine(monkeypatch, engine)
     run = train(engine="bm25", corpus=tmp_path / "own.jsonl", top_k=4)
     train(engine="http", url="http://there/retrieve", out="http")
-    assert [load["name"] for load in loads] == ["bm25", "http"] and loads[0]["k"] == 4
-    assert loads[0]["corpus"] == tmp_path / "own.jsonl" and loads[1]["url"] == "http://there/retrieve"
+    assert [s.engine for s in made] == ["bm25", "http"] and made[0].top_k == 4
+    assert made[0].corpus == tmp_path / "own.jsonl" and made[1].url == "http://there/retrieve"
     assert len(engine.requests) == 16 and not run.simulator.calls
     assert "1. real document\n2. second" in run.policy.prompts[-1]
 
 
+def test_no_real_document_reaches_training(train, monkeypatch):
+    """ZeroSearch: a run against the simulator must not even open a real engine."""
+    engine = FakeEngine("real document")
+    made = plug_engine(monkeypatch, engine)
+    assert len(train().simulator.calls) == 2 and not made and not engine.requests
+
+
 def test_without_an_engine_the_template_offers_no_search(train):
     run = train(lambda prompt, seed: "<search> a </search>", engine="none")
-    wording = sim.load_prompts()["policy_without_search"]
+    wording = PROMPTS["policy_without_search"]
     assert wording["system"].strip() in run.policy.prompts[0] and len(run.loads) == 1
     assert run.policy.prompts[-1].count(wording["notice"]) == 2
     assert wording["last_turn"] in run.policy.prompts[-1] and run.metrics[0]["cost/searches"] == 0
@@ -269,7 +471,7 @@ def test_own_wording_reaches_policy_and_simulator(train, tmp_path):
 
 
 def test_a_request_carries_its_own_question_and_every_alias(train):
-    """Some episodes waste their first action: later queries still go out with their own question."""
+    """Some episodes waste their first action: queries still go out with their own question."""
     def policy(prompt, seed):
         wasted = seed % 2 and "not valid" not in prompt
         return "hm" if wasted else search_then_answer(prompt, seed)
@@ -293,7 +495,7 @@ def test_a_request_carries_its_own_question_and_every_alias(train):
 def test_the_curriculum_decides_what_the_simulator_is_asked_for(train, options, expected):
     """Logged, drawn and sent: p, the episodes' qualities, both places in the simulator's prompt."""
     run = train(steps=3, prompts_per_step=4, rollouts=4, **options)
-    wording = sim.load_prompts()["simulator"]
+    wording = PROMPTS["simulator"]
     assert [row["noise/p"] for row in run.metrics] == pytest.approx(expected)
     for row, call, p in zip(run.metrics, run.simulator.calls, expected):
         texts = [run.simulator.tokenizer.decode(ids) for ids in call.prompts]
@@ -302,14 +504,15 @@ def test_the_curriculum_decides_what_the_simulator_is_asked_for(train, options, 
         assert len(texts) - noisy == sum(wording["useful_hint"] in text for text in texts)
         assert row["search/noisy"] == noisy / 16
         assert {0: noisy == 0, 1: noisy == 16}.get(p, 0 < noisy < 16)
-    drawn = [turn["quality"] == "noisy" for e in run.episodes for turn in e["turns"] if turn["query"]]
-    assert sum(drawn) == round(sum(row["search/noisy"] for row in run.metrics) * 16)
+    drawn = [turn["quality"] for e in run.episodes for turn in e["turns"] if turn["query"]]
+    assert drawn.count("noisy") == round(sum(row["search/noisy"] for row in run.metrics) * 16)
 
 
 def test_a_random_curriculum_depends_on_seed_and_step(train):
-    p = {seed: [row["noise/p"] for row in train(steps=3, curriculum="random", seed=seed, p_start=0.4,
-                                                p_end=0.6, out=f"{seed}").metrics] for seed in (1, 2)}
-    assert len({*p[1], *p[2]}) == 6 and all(0.4 <= x <= 0.6 for x in (*p[1], *p[2]))
+    runs = [train(steps=3, curriculum="random", seed=seed, p_start=0.4, p_end=0.6, out=f"{seed}")
+            for seed in (1, 2)]
+    p = {row["noise/p"] for run in runs for row in run.metrics}
+    assert len(p) == 6 and all(0.4 <= x <= 0.6 for x in p)
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -321,8 +524,11 @@ def two_searches(prompt, seed):
 
 
 def test_every_draw_has_its_own_seed(train):
-    """Over steps, questions, attempts and turns, for policy and simulator; and noise draws differ."""
-    run = train(two_searches, curriculum="constant", p_end=0.5, prompts_per_step=4, rollouts=8)
+    """Over steps, questions, attempts and turns, for policy and simulator; noise draws differ too.
+
+    In threads, in whatever order they run, everything is drawn alike."""
+    options = {"curriculum": "constant", "p_end": 0.5, "prompts_per_step": 4, "rollouts": 8}
+    run = train(two_searches, **options)
     for fake, turns in ((run.policy, 3), (run.simulator, 2)):
         assert len(set(fake.seeds)) == len(fake.seeds) == 2 * 32 * turns
     qualities = {}
@@ -334,20 +540,23 @@ def test_every_draw_has_its_own_seed(train):
         for key, quality in qualities.items():
             groups.setdefault(key[:place] + key[place + 1 :], set()).add(quality)
         assert any(len(found) == 2 for found in groups.values())
-    again = train(two_searches, curriculum="constant", p_end=0.5, prompts_per_step=4, rollouts=8,
-                  out="again", concurrent=True)
+    again = train(two_searches, **options, out="again", concurrent=True)
     assert sorted(again.policy.seeds) == sorted(run.policy.seeds)
     assert sorted(again.simulator.seeds) == sorted(run.simulator.seeds)
     assert again.episodes == run.episodes
-    other = train(two_searches, curriculum="constant", p_end=0.5, out="other", seed=1)
-    assert not {*other.policy.seeds, *other.simulator.seeds} & {*run.policy.seeds, *run.simulator.seeds}
+    other = train(two_searches, **options, out="other", seed=1)
+    assert not {*other.policy.seeds, *other.simulator.seeds} & {*run.policy.seeds,
+                                                                *run.simulator.seeds}
+    assert [e["turns"][0]["quality"] for e in other.episodes] != [e["turns"][0]["quality"]
+                                                                  for e in run.episodes]
 
 
 def test_every_epoch_asks_every_question_once_in_a_new_order(train):
     rows = [question(i, ALIASES) for i in range(12)]
     asked = {}
     for seed in (0, 1):
-        run = train(steps=9, prompts_per_step=4, rows=rows, seed=seed, max_searches=0, out=f"{seed}")
+        run = train(steps=9, prompts_per_step=4, rows=rows, seed=seed, max_searches=0,
+                    out=f"{seed}")
         asked[seed] = [e["id"] for e in run.episodes if e["sample"] == 0]
     epochs = [tuple(asked[0][i : i + 12]) for i in (0, 12, 24)]
     assert all(len(set(epoch)) == 12 for epoch in epochs) and len(set(epochs)) == 3
@@ -387,9 +596,10 @@ def test_log_probs_are_scored_at_the_temperature_of_the_rollouts(train, epochs):
     model, first = load(run.start), [e for e in run.episodes if e["step"] == 0]
     scores = [score(model, e, temperature=0.6) for e in first]
     logprobs, entropies = (torch.cat(parts) for parts in zip(*scores))
-    assert run.metrics[0]["loss/logprob_gap"] == pytest.approx((logprobs + 5.5).abs().mean().item(), rel=1e-4)
-    assert run.metrics[0]["loss/entropy"] == pytest.approx(entropies.mean().item(), rel=1e-4)
-    assert run.metrics[0]["loss/kl"] == pytest.approx(0, abs=1e-5)
+    gap, row = (logprobs + 5.5).abs().mean().item(), run.metrics[0]
+    assert row["loss/logprob_gap"] == pytest.approx(gap, rel=1e-4)
+    assert row["loss/entropy"] == pytest.approx(entropies.mean().item(), rel=1e-4)
+    assert row["loss/kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_old_log_probs_are_those_of_the_sampling_policy_in_every_epoch(train):
@@ -422,42 +632,42 @@ def test_the_critic_is_its_own_model_at_its_own_rate(train, tmp_path, tokenizer)
     assert torch.equal(gradients[0], gradients[2]) and not torch.equal(gradients[0], gradients[1])
 
 
-REINFORCE, PPO = {"algorithm": "reinforce"}, {"algorithm": "ppo"}
+REINFORCE, PLUS, PPO = ({"algorithm": name} for name in ("reinforce", "reinforce++", "ppo"))
+STEEP = {"epochs": 3, "lr": 0.3}  # takes the ratios out of the clip
 
 
 @pytest.mark.parametrize("base,changes", [
-    ({}, {"algorithm": "reinforce"}), ({}, {"algorithm": "ppo"}), ({}, {"algorithm": "reinforce++"}),
-    ({}, {"reward": "em"}), ({}, {"kl_coef": 0.5}), (REINFORCE, {"kl_coef": 0.5}),
-    (PPO, {"kl_coef": 0.5}), ({"algorithm": "reinforce++"}, {"kl_coef": 0.5}),
-    ({"epochs": 3, "lr": 0.3}, {"clip_low": 0.9}), ({"epochs": 3, "lr": 0.3}, {"clip_high": 5.0}),
-    (REINFORCE, {"baseline": "none"}), ({}, {"flags": ["--no-scale-rewards"]}),
-    ({}, {"flags": ["--no-mask-documents"]}), ({}, {"temperature": 0.5}), ({}, {"importance_cap": 0}),
-    (PPO, {"gamma": 0.5}), (PPO, {"gae_lambda": 0.5}), ({"algorithm": "reinforce++"}, {"gamma": 0.5}),
-], ids=str)  # fmt: skip
+    ({}, REINFORCE), ({}, PPO), ({}, PLUS), ({}, {"reward": "em"}),
+    *((base, {"kl_coef": 0.5}) for base in ({}, REINFORCE, PLUS, PPO)),
+    (STEEP, {"clip_low": 0.9}), (STEEP, {"clip_high": 5.0}), (REINFORCE, {"baseline": "none"}),
+    ({}, {"flags": ["--no-scale-rewards"]}), ({}, {"flags": ["--no-mask-documents"]}),
+    ({}, {"temperature": 0.5}), ({}, {"importance_cap": 0}), (PPO, {"gamma": 0.5}),
+    (PPO, {"gae_lambda": 0.5}), (PLUS, {"gamma": 0.5}),
+], ids=str)
 def test_an_option_of_the_update_changes_the_update(train, base, changes):
     def policy(prompt, seed):
         if not searches_made(prompt):
             return "<search> a </search>"
         return f"<answer> {('Lima', 'Lima now', 'Oslo')[seed % 3]} </answer>"
 
-    runs = [train(policy, out=f"{i}", rollouts=4, **base | more) for i, more in enumerate(({}, changes))]
-    last = [run.policy.weights[-1] for run in runs]
-    assert any(not torch.allclose(last[0][name], last[1][name], rtol=1e-4, atol=1e-7) for name in last[0])
+    a, b = (train(policy, out=f"{len(more)}", rollouts=4, **base | more).policy.weights[-1]
+            for more in ({}, changes))
+    assert any(not torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-7) for name in a)
 
 
 def test_the_importance_cap_scales_what_the_sampler_deemed_unlikely(train):
     """All ratios above the cap: the loss is proportional to it."""
-    losses = {cap: train(sampler_logprob=-20.0, importance_cap=cap, algorithm="reinforce", steps=1,
-                         baseline="none", out=f"{cap}").metrics[0]["loss/policy"] for cap in (1, 3)}
-    assert losses[3] == pytest.approx(3 * losses[1]) and losses[1] < 0
+    one, three = (train(sampler_logprob=-20.0, importance_cap=cap, algorithm="reinforce", steps=1,
+                        baseline="none", out=f"{cap}").metrics[0]["loss/policy"] for cap in (1, 3))
+    assert three == pytest.approx(3 * one) and one < 0
 
 
 def test_documents_are_trained_only_if_asked(train):
     masked, whole = train(), train(flags=["--no-mask-documents"], out="whole")
-    tokens = [sum(sum(e["mask"]) for e in run.episodes if e["step"] == 0) for run in (masked, whole)]
-    read = sum(len(e["ids"]) - e["prompt_tokens"] for e in whole.episodes if e["step"] == 0)
-    trained = [run.metrics[0]["tokens/trained"] for run in (masked, whole)]
-    assert trained[0] <= tokens[0] and tokens[1] < trained[1] <= read
+    written, trained = ([run.metrics[0][name] for run in (masked, whole)]
+                        for name in ("cost/policy_tokens", "tokens/trained"))
+    after_prompt = sum(len(e["ids"]) - e["prompt_tokens"] for e in whole.episodes if e["step"] == 0)
+    assert trained[0] <= written[0] and written[1] < trained[1] <= after_prompt
 
 
 def test_gradient_checkpointing_and_micro_batches_change_no_weight(train):
@@ -465,9 +675,9 @@ def test_gradient_checkpointing_and_micro_batches_change_no_weight(train):
         lambda module, args: calls.append(type(module).__name__))
     counts, weights = [], []
     try:
-        for i, more in enumerate(({}, {"flags": ["--gradient-checkpointing"]}, {"batch_tokens": 300})):
+        for more in ({}, {"flags": ["--gradient-checkpointing"]}, {"batch_tokens": 300}):
             calls.clear()
-            weights.append(train(out=f"{i}", **more).policy.weights[-1])
+            weights.append(train(out=f"{len(counts)}", **more).policy.weights[-1])
             counts.append(calls.count("LlamaMLP"))
     finally:
         handle.remove()
@@ -490,24 +700,28 @@ def test_the_config_holds_what_was_used(train):
 
 def test_rates_are_those_of_the_logged_figures(train):
     row = train(kl_coef=0.1).all[0]
-    assert row["rate/rollout_tokens"] == pytest.approx(row["cost/policy_tokens"] / row["time/rollout"])
+    rate = row["cost/policy_tokens"] / row["time/rollout"]
+    assert row["rate/rollout_tokens"] == pytest.approx(rate)
     assert row["rate/mfu"] == pytest.approx(row["rate/update_tflops"])  # of a peak of 1 TFLOP/s
     assert row["rate/reference_tokens"] > 0 and row["time/search"] > 0 and row["time/sync"] > 0
-    assert sum(row[f"time/{p}"] for p in ("rollout", "search", "reference", "update", "sync")) < row["time/step"]
+    phases = ("rollout", "search", "reference", "update", "sync")
+    assert sum(row[f"time/{phase}"] for phase in phases) < row["time/step"]
 
 
 def test_failed_searches_are_counted_over_the_whole_run(train, monkeypatch):
-    plug_engine(monkeypatch, FakeEngine("d", error=lambda request: "broken" if "0" in request.query else None))
+    error = lambda request: "broken" if "0" in request.query else None  # noqa: E731
+    plug_engine(monkeypatch, FakeEngine("d", error=error))
     run = train(engine="bm25", failed_searches=4, prompts_per_step=4)
     assert [row["search/failed"] for row in run.metrics] == [2, 2]
     assert [e["scores"] == {} for e in run.episodes] == [e["end"] == "failed" for e in run.episodes]
-    with pytest.raises(sim.UserError, match="4 searches failed .--failed-searches allows 3.: broken"):
+    with pytest.raises(UserError, match="4 searches failed .--failed-searches allows 3.: broken"):
         train(engine="bm25", failed_searches=3, prompts_per_step=4, out="fewer")
-    assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 1  # the second step goes too far
+    # the second step goes too far
+    assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_episodes(train, tmp_path):
-    with pytest.raises(sim.UserError, match="step 1: the loss or its gradient is not finite"):
+    with pytest.raises(UserError, match="step 1: the loss or its gradient is not finite"):
         train(lr=1e30)
     assert len(read_lines(tmp_path / "run/nonfinite.jsonl")) == 4
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 1
@@ -548,3 +762,94 @@ def test_a_resumed_run_samples_with_the_checkpoints_weights(train):
         assert torch.equal(weight, whole.policy.weights[1][name])
     assert again.metrics == whole.metrics and again.episodes == whole.episodes
     assert again.policy.seeds == whole.policy.seeds[-len(again.policy.seeds) :]
+
+
+# ---------------------------------------------------------------- the command, as a user runs it
+
+
+@pytest.fixture
+def data(jsonl):
+    return jsonl("train.jsonl", [question(i, hops=1 + i % 2) for i in range(4)])
+
+
+def options(data, model, out, *extra):
+    return ["train", "--data", data, "--model", model, "--out", out, *BUDGET, *extra]
+
+
+def test_two_runs_with_one_seed_agree(run_script, data, policy, tiny, tmp_path):
+    """One in this process, one in another."""
+    command(rl, *options(data, policy, tmp_path / "a", "--simulator", tiny))
+    run_script("train_rl.py", *options(data, policy, tmp_path / "b", "--simulator", tiny))
+    metrics = read_metrics(tmp_path / "a")
+    assert metrics == read_metrics(tmp_path / "b") and len(metrics) == 2
+    for file in ("episodes.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    start, end = ((folder / "model/model.safetensors").read_bytes()
+                  for folder in (policy.parent, tmp_path / "a"))
+    assert start != end
+    assert all(math.isfinite(v) for row in metrics for v in row.values())
+    assert 0 < metrics[0]["reward/mean"] < 1 and metrics[0]["reward/answered"] > 0.5
+
+
+def test_ppo_runs_in_bfloat16(data, policy, tmp_path):
+    command(rl, *options(data, policy, tmp_path / "run", "--engine", "none", "--algorithm", "ppo",
+                         "--epochs", 2))
+    assert all(math.isfinite(v) for row in read_metrics(tmp_path / "run") for v in row.values())
+
+
+def test_two_processes_make_the_same_step_as_one(data, policy, tmp_path):
+    """DDP over gloo, as a user launches it: the same questions and seeds, so the steps agree."""
+    arguments = options(data, policy, "", "--engine", "none", "--lr", "1e-4", "--rollouts", 4,
+                        "--batch-tokens", 450)
+    for processes, launch in (("1", [sys.executable]), ("2", TWO_PROCESSES)):
+        line = [*launch, ROOT / "train_rl.py", *arguments, "--out", tmp_path / processes]
+        done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=200,
+                              cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_metrics(tmp_path / n)[0] for n in ("1", "2"))
+    assert one["loss/grad_norm"] > 0
+    assert two == pytest.approx(one, rel=0.02, abs=1e-3)  # bfloat16, in other micro-batches
+
+
+def test_nothing_to_learn_is_no_error(train):
+    """No episode answers, no KL is paid for: no group has variance, and the step counts."""
+    run = train(lambda prompt, seed: "hm")
+    assert run.metrics[0]["reward/zero_variance_groups"] == 1
+    assert run.metrics[0]["loss/grad_norm"] == run.metrics[0]["loss/policy"] == 0
+    start = dict(load(run.start).named_parameters())
+    assert all(torch.equal(weight, start[name]) for name, weight in run.policy.weights[-1].items())
+
+
+@pytest.mark.parametrize("extra,words", [
+    (["--p-start", "1.5"], "--p-start must be at least 0 and at most 1, not 1.5"),
+    (["--top-k", "0"], "--top-k must be at least 1, not 0"),
+    (["--engine", "none", "--rollouts", "1"], "grpo compares the rollouts"),
+    (["--engine", "none", "--rollouts", "1", "--algorithm", "reinforce"], "reinforce compares"),
+    (["--base", "0"], "--base must be above 0, not 0"),
+    (["--lr", "-1"], "--lr must be above 0, not -1"),
+    (["--clip-low", "-0.1"], "--clip-low"),
+    (["--algorithm", "dqn"], "--algorithm dqn: there are reinforce, grpo, ppo, reinforce++"),
+    (["--steps", "0"], "--steps"),
+    (["--engine", "none", "--prompts-per-step", "5"], "too few"),
+    (["--context-tokens", "10"], "--context-tokens"),
+    (["--engine", "none", "--resume"], "no run to resume"),
+    (["--engine", "none"], "no/such-model"),
+    ([], "--simulator"),
+])
+def test_bad_settings_are_one_line_and_exit_code_2(capsys, monkeypatch, data, tmp_path, extra,
+                                                   words):
+    """Refused before anything is loaded or written: that the model doesn't exist comes last."""
+    arguments = options(data, "no/such-model", tmp_path / "run", *extra)
+    assert words in one_line(capsys, monkeypatch, rl, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_gold_and_existing_run_are_refused(capsys, monkeypatch, jsonl, data, tiny, tmp_path):
+    out = tmp_path / "run"
+    bad = jsonl("bad.jsonl", [question(0), question(1, answers=[])])
+    line = one_line(capsys, monkeypatch, rl, *options(bad, tiny, out, "--engine", "none"))
+    assert "bad.jsonl:2" in line
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    line = one_line(capsys, monkeypatch, rl, *options(data, tiny, out, "--engine", "none"))
+    assert "--overwrite" in line and (out / "config.json").read_text() == "{}"

@@ -1,0 +1,263 @@
+"""A run killed at any instant goes on from its last checkpoint, and ends as if nothing had been.
+
+KILL_TEST_LOG=results/kill-test.md names a file for the log of the kills."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import (BUDGET, TWO_PROCESSES, make_model, one_line, question, read_lines,
+                     read_metrics)
+
+import train_rl as rl
+from plumbing.checkpoints import (Signals, checkpoint_folder, find_checkpoint, load_checkpoint,
+                                  save_checkpoint, set_lines_aside)
+from plumbing.cli import UserError
+from plumbing.files import open_run
+from plumbing.text import ROOT
+
+TRACKER = '''
+import json, os
+def say(x): print(json.dumps(x), file=open(os.environ["TRACKER"], "a"), flush=True)
+config = {}
+class Run:
+    def log(self, values, step=None): say([step, values])
+    def finish(self): say("finished")
+def init(project, **options): return Run()
+'''
+
+
+class World:
+    """A run's command; folder `whole` has it uninterrupted, logged to a tracker of one file."""
+
+    def __init__(self, folder: Path, policy: Path, simulator: Path, steps: int):
+        self.folder, self.steps = folder, steps
+        rows = [json.dumps(question(i, hops=1 + i % 2)) + "\n" for i in range(4)]
+        (folder / "train.jsonl").write_text("".join(rows))
+        self.options = ["train", "--data", folder / "train.jsonl", "--model", policy, "--simulator",
+                        simulator, *BUDGET, "--kl-coef", "0.1", "--save-every", 2, "--steps", steps]
+        package = folder / "site/trackio-1.0.dist-info"
+        package.mkdir(parents=True)
+        (package / "METADATA").write_text("Metadata-Version: 2.1\nName: trackio\nVersion: 1.0\n")
+        (folder / "site/trackio.py").write_text(TRACKER)
+        env = {"PYTHONPATH": str(folder / "site"), "TRACKER": str(folder / "tracked.jsonl")}
+        self.finish(self.train("whole", "--logger", "trackio", env=env))
+
+    def start(self, *command, env=None):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | (env or {})
+        return subprocess.Popen(list(map(str, command)), cwd=self.folder, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def train(self, out: str, *extra, launcher=(sys.executable,), **kwargs):
+        command = [*launcher, ROOT / "train_rl.py", *self.options, "--out", out, *extra]
+        return self.start(*command, **kwargs)
+
+    def hit(self, number: int, phase: str, count: int, share: float, *options) -> str:
+        """The run, ended by a signal: what it says."""
+        aim = (ROOT / "tests/killed.py", int(number), phase, count, share, self.folder / "hit")
+        code = -number if number == signal.SIGKILL else 128 + number
+        return self.finish(self.start(sys.executable, *aim, *self.options, *options), code)
+
+    def finish(self, process, code=0) -> str:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == code, errors[-3000:]
+        return errors
+
+    def ends_like(self, out: str, other: str) -> None:
+        """Weights, episodes and metrics, but for times and rates, are equal bit for bit."""
+        metrics = read_metrics(self.folder / out)
+        assert metrics == read_metrics(self.folder / other) and len(metrics) == self.steps
+        for file in ("episodes.jsonl", "model/model.safetensors"):
+            ours, theirs = ((self.folder / run / file).read_bytes() for run in (out, other))
+            assert ours == theirs, file
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, policy, tiny):
+    return World(tmp_path_factory.mktemp("world"), policy, tiny, steps=10)
+
+
+def check_kills(world: World, kills: int, seed: int) -> None:
+    """A run killed so many times, each time resumed, ends like the whole one."""
+    draws, out, hits, lines = random.Random(seed), world.folder / "killed", set(), []
+    for kill in range(kills):
+        phase = ("collect", "update", "save_checkpoint")[kill % 3]
+        count, share = draws.randint(2, 2 if phase == "save_checkpoint" else 4), draws.random()
+        resume = ["--resume"] * (kill > 0)
+        world.hit(signal.SIGKILL, phase, count, share, "--out", "killed", *resume)
+        hits.add(hit := (world.folder / "hit").read_text())
+        steps = (out / "metrics.jsonl").read_bytes().count(b"\n")
+        kept = ", ".join(sorted(path.name for path in (out / "checkpoints").glob("step-*")))
+        aim = f"{share:.2f} into {phase} {count}"
+        lines.append(f"| {kill + 1} | {aim} | {hit} | {steps} | {kept} |")
+    world.finish(world.train("killed", "--resume"))
+    world.ends_like("killed", "whole")
+    assert hits - {"between the phases"}
+    if path := os.environ.get("KILL_TEST_LOG"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(LOG.format(kills=kills, steps=world.steps, lines="\n".join(lines)))
+
+
+LOG = """# {kills} kills of one run
+
+A run of {steps} steps on the tiny model (`hf` engine, simulator, one thread), ended by SIGKILL and
+resumed {kills} times. Its final weights, episodes and metrics (but for `time/` and `rate/`):
+**equal to the uninterrupted run, bit for bit**.
+
+| kill | aimed at | hit | steps done | checkpoints on disk |
+|---|---|---|---|---|
+{lines}
+
+Made by `KILL_TEST_LOG=results/kill-test.md make test-slow`.
+"""
+
+
+def test_killed_three_times_it_ends_as_if_nothing_had_been(world):
+    check_kills(world, kills=3, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_as_if_nothing_had_been(tmp_path, policy, tiny):
+    check_kills(World(tmp_path, policy, tiny, steps=32), kills=10, seed=time.time_ns())
+
+
+def check_saved(world: World, out: str) -> int:
+    """Every finished step is in a checkpoint; how many they are."""
+    steps = len(read_metrics(world.folder / out))
+    assert checkpoint_folder(world.folder / out, steps).is_dir() and steps < world.steps
+    return steps
+
+
+def goes_on_as_told(world: World, out: str, errors: str) -> None:
+    """By the command it printed, to the end of the uninterrupted run."""
+    (command,) = [line for line in errors.splitlines() if line.endswith("--resume")]
+    assert command.startswith("python ") and f"--out {out}" in command
+    world.finish(world.start(sys.executable, ROOT / "train_rl.py", *command.split()[2:]))
+    world.ends_like(out, "whole")
+
+
+@pytest.mark.parametrize("number,phase,share,steps", [
+    (signal.SIGTERM, "collect", 0.5, 1), (signal.SIGINT, "follow_gradient", 0, 2)])
+def test_stopped_it_loses_no_step_and_says_how_to_go_on(world, number, phase, share, steps):
+    """A rollout is dropped; a step whose weights are about to change is finished."""
+    errors = world.hit(number, phase, 2, share, "--out", phase)
+    assert check_saved(world, phase) == steps
+    goes_on_as_told(world, phase, errors)
+
+
+def stop(world: World, out: str, number: int, code: int, **launch) -> str:
+    """Send a signal to a run that has done a few steps; what it says, once it has ended."""
+    process, metrics = world.train(out, **launch), world.folder / out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(random.random() / 2)
+    process.send_signal(number)
+    return world.finish(process, code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_at_any_instant(world, number):
+    errors = stop(world, number.name, number, 128 + number)
+    check_saved(world, number.name)
+    goes_on_as_told(world, number.name, errors)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(world):
+    two = {"launcher": TWO_PROCESSES}
+    world.finish(world.train("whole-by-two", **two))
+    errors = stop(world, "by-two", signal.SIGTERM, 1, **two)  # 1: the launcher's own code
+    check_saved(world, "by-two")
+    assert "accelerate launch --num_processes 2" in errors
+    world.finish(world.train("by-two", "--resume", **two))
+    world.ends_like("by-two", "whole-by-two")
+
+
+def test_a_second_signal_ends_at_once():
+    child = os.fork()
+    if child == 0:
+        signals = Signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.allow(False)
+        if signals.number == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
+
+
+def test_a_tracker_gets_every_metric(world):
+    *lines, last = read_lines(world.folder / "tracked.jsonl")
+    rows = read_lines(world.folder / "whole/metrics.jsonl")
+    assert lines == [[row["step"], row] for row in rows] and last == "finished"
+    trained = [row for row in rows if row["loss/grad_norm"]]
+    assert all(row["rate/mfu"] > 0 and row["rate/update_tokens"] > 0 for row in trained)
+
+
+def test_an_unwritable_folder_is_one_line(world, capsys, monkeypatch):
+    out = world.folder / "train.jsonl/run"
+    assert str(out) in one_line(capsys, monkeypatch, rl, *world.options, "--out", out)
+
+
+def prepared(hidden: int) -> Accelerator:
+    accelerator, model = Accelerator(cpu=True), make_model(259, hidden_size=hidden)
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    return accelerator
+
+
+def saved(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def test_a_full_disk_leaves_what_was_there_and_two_are_kept(tmp_path, capsys):
+    """No file may grow past a limit, which is how a full disk shows: an error while writing."""
+    accelerator, limits = prepared(32), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_checkpoint(accelerator, tmp_path, 2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    words = "step-000004.tmp can't be written.*older checkpoints are as they were"
+    try:
+        with pytest.raises(UserError, match=words):
+            save_checkpoint(accelerator, tmp_path, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    set_lines_aside(tmp_path, 2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step-000004.tmp was left half-written" in said
+    save_checkpoint(accelerator, tmp_path, 4)
+    assert saved(tmp_path) == ["step-000002", "step-000004"]
+    for step in (5, 6, 6):  # the last two are kept, and fit their model alone
+        save_checkpoint(accelerator, tmp_path, step)
+    assert saved(tmp_path) == ["step-000005", "step-000006"]
+    with pytest.raises(UserError, match="step-000005 does not fit"):
+        load_checkpoint(prepared(48), tmp_path, 5)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    s = rl.TrainSettings(data=tmp_path, out=tmp_path / "run")
+    open_run(s.out, s.record(), overwrite=False)
+    assert find_checkpoint(s.out, replace(s, save_every=5, resume=True)) == 0
+    with pytest.raises(UserError, match="other settings: lr$"):
+        find_checkpoint(s.out, replace(s, lr=1e-4, resume=True))
+
+
+def test_a_line_cut_short_is_set_aside(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
+    set_lines_aside(tmp_path, 1)
+    assert metrics.read_text() == '{"step": 0}\n'
+    aside = metrics.with_name("metrics.jsonl.set-aside")
+    assert aside.read_text() == '{"step": 1}\n{"step": 2, "rew'
