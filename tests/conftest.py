@@ -15,7 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder is refu
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from helpers import PROMPTS, ROOT, PlainSGD, Server, make_model, make_tokenizer  # noqa: E402
+from helpers import (PROMPTS, ROOT, PlainSGD, Server, make_model,  # noqa: E402
+                     make_tokenizer, question)
 
 import sft_simulator as sim  # noqa: E402
 import train_rl as rl  # noqa: E402
@@ -44,10 +45,8 @@ def policy(tmp_path_factory, tokenizer) -> Path:
     out = tmp_path_factory.mktemp("policy")
     sequences = []
     for i, answer in enumerate(["Lima", "Rome", "Lima", "Oslo"] * 60):
-        row = {"id": f"q{i % 4}", "question": f"Question {i % 4}?", "golden_answers": ["Lima"]}
-        episode = rl.new_episode(row, 0, tokenizer, PROMPTS, search=i < 120)
-        ids = encode(tokenizer, f"<answer>{answer}</answer>")
-        episode.write(ids, [0.0] * len(ids))
+        episode = rl.new_episode(question(i % 4), 0, tokenizer, PROMPTS, search=i < 120)
+        episode.write(ids := encode(tokenizer, f"<answer>{answer}</answer>"), [0.0] * len(ids))
         sequences.append(Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), initializer_range=0.05)
     settings = sim.TuningSettings(out=out, lr=2e-2, batch_size=4, batch_tokens=10_000)
@@ -83,29 +82,24 @@ def exact(monkeypatch):
 
 
 @pytest.fixture
-def serve():
+def serve(request):
     """Start a server on a free port; all are stopped when the test ends."""
-    servers = []
-
     def start(behave, port=0):
-        servers.append(Server(behave, port))
-        return servers[-1]
+        server = Server(behave, port)
+        request.addfinalizer(server.stop)
+        return server
 
-    yield start
-    for server in servers:
-        server.stop()
+    return start
 
 
 @pytest.fixture(scope="session")
 def run_script():
     """Run one of the kit's scripts as a user would; returns the finished process."""
-
-    def run(script: str, *args: object, cwd: Path = ROOT, check: bool = True, **env: str):
-        command = [sys.executable, str(ROOT / script), *map(str, args)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | env
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment,
-                              timeout=300)
-        assert not check or done.returncode == 0, done.stderr[-3000:]
+    def run(script: str, *args: object, cwd: Path = ROOT, **env: str):
+        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | env,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
         return done
 
     return run
@@ -114,10 +108,8 @@ def run_script():
 @pytest.fixture
 def jsonl(tmp_path):
     """Write rows to a JSONL file in this test's folder."""
-
     def write(name: str, rows: list[dict]) -> Path:
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
-
     return write

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from dataclasses import asdict
 
-import bm25s
 import numpy as np
 import pytest
 from helpers import (ALGORITHMS, HOSTILE, LIMITS, PROMPTS, FakeEngine, FakeGenerator, command,
@@ -71,6 +70,8 @@ def test_bm25_returns_the_best_k(jsonl):
 
 
 def test_bm25_keeps_its_index(jsonl, tmp_path, monkeypatch):
+    import bm25s  # here: vLLM, whose tests are collected with these, can't start after its import
+
     corpus, loaded, load = jsonl("corpus.jsonl", corpus_rows()), [], bm25s.BM25.load
     first = BM25Engine(corpus, 2, tmp_path)
     with monkeypatch.context() as patch:

@@ -1,14 +1,12 @@
 """train_rl.py but for its update: episodes, reward, curriculum, and every wire of `train`.
 
-The real command runs in this process; only the models that generate, and real search engines, are
-scripted. What was asked of them, and what the run wrote, is what the tests look at.
+The real command runs in this process; only models that generate and real engines are scripted.
 
 Where the published code departs from the published method, and the test that fails if that is put
 back here (before the colon the file, if not this one):
 
  1  KL to the reference maximised     test_train_rl_update: test_a_whole_step_equals_a_slow_one
- 2  queries paired with others'       test_a_request_carries_its_own_question_and_every_alias
-    questions
+ 2  queries with others' questions    test_a_request_carries_its_own_question_and_every_alias
  3  answers found in the prompt       test_only_the_policys_own_text_is_parsed
  4  substring match called EM         test_evaluate: test_em_and_f1_equal_torchmetrics
  5  validation at temperature 1       test_evaluate: test_evaluation_by_hand
@@ -45,6 +43,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +57,7 @@ from transformers import AutoModelForCausalLM
 import train_rl as rl
 from plumbing.cli import UserError
 from plumbing.files import draw_seed
-from plumbing.generate import Generation
+from plumbing.generate import Generation, Sampling
 from plumbing.metrics import rollout_metrics
 from plumbing.text import ROOT, encode
 
@@ -69,9 +68,6 @@ def test_the_tests_of_the_table_above_exist():
     for module, name in rows:
         file = ROOT / f"tests/{module or 'test_train_rl'}.py"
         assert f"\ndef {name}(" in file.read_text(encoding="utf-8"), (module, name)
-
-
-# ---------------------------------------------------------------- episodes
 
 
 def test_an_episode_is_what_was_sampled_and_read(tokenizer):
@@ -159,10 +155,8 @@ def test_hostile_documents_forge_nothing(tokenizer, document):
     ("<think> x </think><search> q </search>", ("search", "q")),
     ("<answer>a\nb</answer>", ("answer", "a\nb")),
     ("<answer></answer>", ("answer", "")),
-    ("<search> </search>", ("invalid", "")),
-    ("<search> q", ("invalid", "")),
-    ("</search>", ("invalid", "")),
     ("<search> q </search> <answer> a </answer>", ("search", "q")),
+    *((text, ("invalid", "")) for text in ("<search> </search>", "<search> q", "</search>")),
 ])
 def test_actions(text, action):
     assert rl.parse_action(text) == action
@@ -184,9 +178,6 @@ def test_a_rollout_and_a_replay_give_the_same_ids(tokenizer):
     assert (sequence.ids, sequence.mask) == (episode.ids, episode.mask)
 
 
-# ---------------------------------------------------------------- curriculum
-
-
 def test_curriculum_is_the_published_formula():
     def p(step, name="exponential", **changes):
         return rl.CURRICULA[name](step, rl.CurriculumSettings(curriculum=name, **changes))
@@ -199,11 +190,10 @@ def test_curriculum_is_the_published_formula():
     half = {"steps": 11, "p_start": 0, "p_end": 0.5}
     assert p(5, **half, base=1) == pytest.approx(0.25)  # the linear limit, and close to it
     assert p(5, **half, base=1 + 1e-6) == pytest.approx(0.25, abs=1e-6)
-    falling = p(5, steps=11, p_start=0.5, p_end=0.1, base=0.25)  # and a base below 1: allowed
-    assert 0.1 < falling < 0.5
+    assert 0.1 < p(5, steps=11, p_start=0.5, p_end=0.1, base=0.25) < 0.5  # falls, base below 1
     drawn = [p(i, "random", p_start=0.1, seed=1) for i in range(203)]
     assert 0.1 <= min(drawn) < 0.15 and 0.45 < max(drawn) <= 0.5
-    assert drawn[7] == p(7, "random", p_start=0.1, seed=1)
+    assert drawn[7] == p(7, "random", p_start=0.1, seed=1) != p(7, "random", p_start=0.1, seed=2)
 
 
 def test_schedule_command(capsys):
@@ -214,45 +204,41 @@ def test_schedule_command(capsys):
     assert "p 0.4000" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- the command, with fakes
-
 ALIASES = ("Lima", "City of Kings")
 SMALL = {"steps": 2, "prompts-per-step": 2, "rollouts": 2, "top-k": 2, "max-searches": 2,
          "tokens-per-turn": 64, "context-tokens": 4000, "observation-tokens": 300, "lr": 1e-2,
          "kl-coef": 0, "simulator-max-tokens": 33, "p-start": 0, "p-end": 1, "seed": 0}
 DOCUMENTS = "1. Lima is it.\n2. Not me."
+BLOCK = "\n<information>\n{}\n</information>\n"
 
 
-def searches_made(prompt: str) -> int:
-    return prompt.count("\n<information>\n")
+def search_then_answer(prompt: str, seed: int, searches=1, answers=("Lima", "Rome")) -> str:
+    """Searches that name their question, then an answer that the seed chooses."""
+    if prompt.count("\n<information>\n") < searches:
+        number = prompt.split("Question ")[1].split("?")[0]
+        return f"<think> t </think>\n<search> about {number} </search>"
+    return f"<think> t </think>\n<answer> {answers[seed % len(answers)]} </answer>"
 
 
-def number(prompt: str) -> str:
-    """The number of the question that a prompt asks: question() writes "Question 3?"."""
-    return prompt.split("Question ")[1].split("?")[0]
-
-
-def search_then_answer(prompt: str, seed: int) -> str:
-    """One search that names its question, then an answer that its seed chooses."""
-    if not searches_made(prompt):
-        return f"<think> t </think>\n<search> about {number(prompt)} </search>"
-    return f"<think> t </think>\n<answer> {('Lima', 'Rome')[seed % 2]} </answer>"
+SOMETIMES_HALF_RIGHT = partial(search_then_answer, answers=("Lima", "Lima now", "Oslo"))
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path, jsonl, tiny, tokenizer, exact, sgd):
+def data(jsonl):
+    return jsonl("train.jsonl", [question(i, ALIASES, hops=1 + i % 2) for i in range(4)])
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, jsonl, data, tiny, tokenizer, exact, sgd):
     """Run `train` with a scripted policy and simulator; returns what it did."""
-    data = jsonl("train.jsonl", [question(i, ALIASES, hops=1 + i % 2) for i in range(4)])
-    simulator = tmp_path / "simulator"
-    shutil.copytree(tiny, simulator)
+    simulator = shutil.copytree(tiny, tmp_path / "simulator")
     monkeypatch.setattr(rl, "peak_flops", lambda device: 1e12)
 
-    def run(policy=search_then_answer, documents=None, out="run", sampler_logprob=-5.5, flags=(),
-            concurrent=False, rows=None, **options):
-        replies = documents or (lambda prompt, seed: DOCUMENTS)
+    def run(policy=search_then_answer, documents=lambda prompt, seed: DOCUMENTS, out="run",
+            flags=(), concurrent=False, rows=None, **options):
         fakes = {str(tiny): FakeGenerator(tokenizer, policy, concurrent),
-                 str(simulator): FakeGenerator(tokenizer, replies)}
-        fakes[str(tiny)].logprob = sampler_logprob
+                 str(simulator): FakeGenerator(tokenizer, documents)}
+        fakes[str(tiny)].logprob = -5.5
         loads = plug_generators(monkeypatch, fakes)
         settings = {"data": jsonl("own.jsonl", rows) if rows else data, "model": tiny,
                     "simulator": simulator, "out": tmp_path / out}
@@ -273,18 +259,12 @@ def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def score(model, episode: dict, mask=None, temperature=1.0):
-    """Log-probs and entropies of an episode's trained tokens, by one plain pass over its row."""
-    ids, mask = episode["ids"], mask or episode["mask"]
-    logits = model(torch.tensor([ids])).logits[0] / temperature
-    logprobs = logits.log_softmax(-1)
-    places = [t for t in range(1, len(ids)) if mask[t]]
-    chosen = torch.stack([logprobs[t - 1, ids[t]] for t in places])
-    entropies = torch.stack([-(logprobs[t - 1].exp() * logprobs[t - 1]).sum() for t in places])
-    return chosen, entropies
+def score(model, episode: dict, temperature=1.0):
+    """Log-probs and entropies of an episode's sampled tokens, by one plain pass over its row."""
+    ids, sampled = torch.tensor(episode["ids"]), torch.tensor(episode["mask"][1:]).bool()
+    logprobs = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)[sampled]
+    return logprobs.gather(1, ids[1:, None][sampled])[:, 0], -(logprobs.exp() * logprobs).sum(1)
 
-
-# ---------------------------------------------------------------- a step worked by hand
 
 ROWS = [question(0, ALIASES, hops=1), question(1, ("Oslo",), hops=2)]
 SCRIPT = {  # (step, question, sample, turn) -> what the policy writes
@@ -315,24 +295,21 @@ def test_a_step_worked_by_hand(train, tokenizer):
         return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nQuestion: "
                 f"{row['question']}<|im_end|>\n<|im_start|>assistant\n") + "".join(parts)
 
-    s, block = SCRIPT, "\n<information>\n1. {}\n2. {}\n</information>\n"
-    notice, last = (PROMPTS["policy"][name] + "\n" for name in ("notice", "last_turn"))
-    peru = prompt(ROWS[0], s[0, "q0", 0, 0], block.format("Lima is it.", "Not me."))
+    s, notice, last = SCRIPT, *(PROMPTS["policy"][name] + "\n" for name in ("notice", "last_turn"))
+    reads = [*map(BLOCK.format, (DOCUMENTS, "", "1. x\n2. y")), last, "\n" + notice]
+    peru = prompt(ROWS[0], s[0, "q0", 0, 0], reads[0])
     hm = prompt(ROWS[0], "hm<|im_end|>", "\n" + notice)
-    empty = prompt(ROWS[1], s[0, "q1", 1, 0], "\n<information>\n\n</information>\n")
-    full = empty + s[0, "q1", 1, 1] + block.format("x", "y") + last
-    order = [row for row in ROWS for _ in range(2)] if first[0]["id"] == "q0" else \
-        [row for row in ROWS[::-1] for _ in range(2)]
+    empty = prompt(ROWS[1], s[0, "q1", 1, 0], reads[1])
+    full = empty + s[0, "q1", 1, 1] + reads[2] + last
     turns = [list(map(tokenizer.decode, call.prompts)) for call in run.policy.calls]
-    assert turns[0] == [prompt(row) for row in order]
-    assert sorted(turns[1]) == sorted([peru, hm, empty]) and turns[2] == [full]
-    assert turns[3:] == [[prompt(ROWS[int(e["id"][1])]) for e in run.episodes[4:]]]
+    opened = [prompt(ROWS[int(e["id"][1])]) for e in run.episodes]
+    assert turns[0] == opened[:4] and opened[0] == opened[1] != opened[2]
+    assert sorted(turns[1]) == sorted([peru, hm, empty]) and turns[2:] == [[full], opened[4:]]
 
     # rewards, in the file as in the metrics
-    rewards = {("q0", 0): 1.0, ("q0", 1): 2 * (3 / 4) * 1 / (3 / 4 + 1), ("q1", 0): 0, ("q1", 1): 0}
+    f1 = 2 * (3 / 4) * 1 / (3 / 4 + 1)
+    rewards = {("q0", 0): 1.0, ("q0", 1): f1, ("q1", 0): 0, ("q1", 1): 0}
     assert {key: e["reward"] for key, e in by_key.items()} == pytest.approx(rewards)
-    f1 = rewards["q0", 1]
-
     # the update, by plain torch: zero-variance groups have no gradient
     model = load(run.start)
     spread = torch.tensor([1.0, f1], dtype=torch.float64).std().item() + 1e-6
@@ -342,113 +319,81 @@ def test_a_step_worked_by_hand(train, tokenizer):
     weights = {key: (x.detach() + 5.5).exp().clamp(max=1.5) for key, (x, _) in scored.items()}
     losses = [-weights[key] * a * scored[key][0] for key, a in advantages.items()]
     (sum(x.sum() for x in losses) / tokens).backward()
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    norm, clipped = gradient.norm().item(), gradient / max(1.0, gradient.norm().item())
-    count = sum(len(x) for x, _ in scored.values())
-    gap = sum((x + 5.5).abs().sum().item() for x, _ in scored.values()) / count
-    entropy = sum(h.sum().item() for _, h in scored.values()) / count
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    logprobs, entropies = (torch.cat(parts) for parts in zip(*scored.values()))
     spread_of_all = torch.cat([torch.full((sum(e["mask"]),), advantages.get(key, 0.0))
                                for key, e in by_key.items()]).std().item()
     policy_loss = -sum(weights[key].sum().item() * a for key, a in advantages.items()) / tokens
 
-    mean = (1 + f1) / 4
-    deviation = torch.tensor([1, f1, 0, 0]).std(unbiased=False).item()
+    # what is logged
     read = sum(len(e["ids"]) - sum(e["mask"]) - e["prompt_tokens"] for e in first)
-    assert read == len(tokenizer.encode(peru + hm + full)) - sum(map(len, (
-        tokenizer.encode(text) for text in (prompt(ROWS[0]), prompt(ROWS[0]), prompt(ROWS[1]),
-                                            s[0, "q0", 0, 0], "hm<|im_end|>", s[0, "q1", 1, 0],
-                                            s[0, "q1", 1, 1]))))
+    assert read == len(encode(tokenizer, "".join(reads)))
     asked = [len(p) for call in run.simulator.calls for p in call.prompts]
     assert len(asked) == 5  # "no list" and three documents for two are asked for once more
     expected = {
-        "step": 0, "noise/p": 0.0, "reward/mean": mean, "reward/std": deviation, "reward/f1": mean,
-        "reward/em": 0.25, "reward/answered": 0.75, "reward/format": 0.25,
-        "reward/hops_1": (1 + f1) / 2, "reward/hops_2": 0.0, "reward/zero_variance_groups": 0.5,
+        "step": 0, "noise/p": 0.0, "reward/mean": (1 + f1) / 4, "reward/f1": (1 + f1) / 4,
+        "reward/std": torch.tensor([1, f1, 0, 0]).std(unbiased=False).item(), "reward/em": 0.25,
+        "reward/answered": 0.75, "reward/format": 0.25, "reward/hops_1": (1 + f1) / 2,
+        "reward/hops_2": 0.0, "reward/zero_variance_groups": 0.5,
         "search/per_episode": 3 / 4, "search/invalid_actions": 2 / 4, "search/noisy": 0.0,
         "search/malformed": 2 / 3, "search/failed": 0, "search/context_overflows": 0,
-        "tokens/read": read, "tokens/trained": count, "cost/searches": 3,
-        "cost/simulator_prompt_tokens": sum(asked),
+        "tokens/read": read, "tokens/trained": len(logprobs),
+        "cost/searches": 3, "cost/simulator_prompt_tokens": sum(asked),
         "cost/simulator_tokens": len(DOCUMENTS) + 2 * len("no list") + 2 * len(replies["b"]) + 5,
-        "cost/policy_tokens": tokens, "loss/policy": policy_loss, "loss/entropy": entropy,
-        "loss/clip_fraction": 0.0, "loss/logprob_gap": gap, "loss/grad_norm": norm,
+        "cost/policy_tokens": tokens, "loss/policy": policy_loss, "loss/grad_norm": norm,
+        "loss/entropy": entropies.mean().item(), "loss/clip_fraction": 0.0,
+        "loss/logprob_gap": (logprobs + 5.5).abs().mean().item(),
         "loss/advantage_std": spread_of_all,
     }
     assert run.metrics[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
     # the weights after the step, and those that the next step samples with
-    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - 1e-2 * clipped
-    names = [name for name, _ in model.named_parameters()]
-    loaded = torch.cat([run.policy.weights[0][name].flatten() for name in names])
-    assert torch.allclose(loaded, moved, atol=1e-6) and norm > 1e-2
+    for name, p in model.named_parameters():
+        moved = p - 1e-2 * p.grad / max(1.0, norm)
+        assert torch.allclose(run.policy.weights[0][name], moved, atol=1e-6) and norm > 1e-2
     assert run.policy.events[:4] == ["generate"] * 3 + ["sleep"] and run.policy.events[4] == "load"
 
 
-# ---------------------------------------------------------------- what the models are asked for
+def samplings(generator):
+    return {call.sampling for call in generator.calls}
 
 
-def all_sampling(generator, name):
-    return {getattr(call.sampling, name) for call in generator.calls}
-
-
-def sizes(generator):
-    return [len(call.prompts) for call in generator.calls]
-
-
-@pytest.mark.parametrize("option,value,seen", [
-    ("temperature", 0.7, lambda run: all_sampling(run.policy, "temperature") == {0.7}),
-    ("tokens_per_turn", 50, lambda run: all_sampling(run.policy, "max_tokens") == {50}),
-    ("seed", 3, lambda run: all_sampling(run.policy, "stop") == {("</search>", "</answer>")}),
-    ("simulator_temperature", 0.3, lambda run: all_sampling(run.simulator, "temperature") == {0.3}),
-    ("simulator_max_tokens", 44, lambda run: all_sampling(run.simulator, "max_tokens") == {44}),
-    ("seed", 4, lambda run: all_sampling(run.simulator, "stop") == {()}),
-    ("simulator_words", 17, lambda run: all("about 17 words" in p for p in run.simulator.prompts)),
-    ("top_k", 3, lambda run: all("Write 3 documents" in p for p in run.simulator.prompts)),
-    ("max_searches", 0, lambda run: len(run.policy.calls) == 2 and not run.simulator.calls),
-    ("max_searches", 1, lambda run: len(run.policy.calls) == 4),
-    ("prompts_per_step", 3, lambda run: sizes(run.policy) == [6] * 4),
-    ("rollouts", 3, lambda run: sizes(run.policy) == [6] * 4),
-    ("steps", 3, lambda run: [row["step"] for row in run.metrics] == [0, 1, 2]),
-    ("context_tokens", 490, lambda run: {e["end"] for e in run.episodes} == {"context"}),
+@pytest.mark.parametrize("options,seen", [
+    ({"temperature": 0.7, "tokens_per_turn": 50}, lambda run: samplings(run.policy) == {
+        Sampling(50, 0.7, ("</search>", "</answer>"))}),
+    ({"simulator_temperature": 0.3, "simulator_max_tokens": 44},
+     lambda run: samplings(run.simulator) == {Sampling(44, 0.3, ())}),
+    ({"simulator_words": 17, "top_k": 3}, lambda run: all(
+        "about 17 words" in p and "Write 3 documents" in p for p in run.simulator.prompts)),
+    ({"max_searches": 0}, lambda run: len(run.policy.calls) == 2 and not run.simulator.calls),
+    ({"max_searches": 1}, lambda run: len(run.policy.calls) == 4),
+    ({"steps": 3, "prompts_per_step": 3, "rollouts": 4},
+     lambda run: [len(call.prompts) for call in run.policy.calls] == [12] * 6),
+    ({"context_tokens": 490}, lambda run: {e["end"] for e in run.episodes} == {"context"}),
+    ({"observation_tokens": 43}, lambda run: sum(
+        p.endswith("</search>" + BLOCK.format("1. Lima is i")) for p in run.policy.prompts) == 8),
 ], ids=str)
-def test_an_option_reaches_what_it_is_about(train, option, value, seen):
-    assert seen(train(**{option: value}))
+def test_an_option_reaches_what_it_is_about(train, options, seen):
+    assert seen(train(**options))
 
 
-def test_documents_are_cut_to_observation_tokens(train, tokenizer):
-    run = train(observation_tokens=45)
-    blocks = [p.split("assistant\n")[1].split("</search>")[1] for p in run.policy.prompts
-              if searches_made(p)]
-    opening, closing = "\n<information>\n", "\n</information>\n"
-    kept = 45 - len(opening) - len(closing)
-    assert blocks == [opening + DOCUMENTS[:kept] + closing] * len(blocks)
-    assert 0 < kept < len(DOCUMENTS)
-
-
-def test_models_are_loaded_for_what_they_do(train):
+def test_models_are_loaded_for_what_they_do(train, tmp_path):
     run, default = train(generator="hf"), train(out="default")
-    policy, simulator = run.loads
-    assert policy["name"] == str(run.start) and policy["needs_ids"] is True
-    assert simulator["name"].endswith("simulator") and simulator["needs_ids"] is False
-    assert policy["engine"] == simulator["engine"] == "hf"
+    loads = [(load["name"], load["needs_ids"], load["engine"]) for load in run.loads]
+    assert loads == [(str(run.start), True, "hf"), (str(tmp_path / "simulator"), False, "hf")]
     assert [load["engine"] for load in default.loads] == ["auto", "auto"]
 
 
-def test_a_real_engine_is_made_of_its_options(train, monkeypatch, tmp_path):
+def test_a_real_engine_is_made_of_its_options_and_only_if_asked_for(train, monkeypatch, tmp_path):
+    """ZeroSearch: against the simulator no real document may reach training."""
     engine = FakeEngine("real document", "second")
     made = plug_engine(monkeypatch, engine)
+    assert len(train(out="zero").simulator.calls) == 2 and not made and not engine.requests
     run = train(engine="bm25", corpus=tmp_path / "own.jsonl", top_k=4)
     train(engine="http", url="http://there/retrieve", out="http")
     assert [s.engine for s in made] == ["bm25", "http"] and made[0].top_k == 4
     assert made[0].corpus == tmp_path / "own.jsonl" and made[1].url == "http://there/retrieve"
     assert len(engine.requests) == 16 and not run.simulator.calls
     assert "1. real document\n2. second" in run.policy.prompts[-1]
-
-
-def test_no_real_document_reaches_training(train, monkeypatch):
-    """ZeroSearch: a run against the simulator must not even open a real engine."""
-    engine = FakeEngine("real document")
-    made = plug_engine(monkeypatch, engine)
-    assert len(train().simulator.calls) == 2 and not made and not engine.requests
 
 
 def test_without_an_engine_the_template_offers_no_search(train):
@@ -473,8 +418,7 @@ def test_own_wording_reaches_policy_and_simulator(train, tmp_path):
 def test_a_request_carries_its_own_question_and_every_alias(train):
     """Some episodes waste their first action: queries still go out with their own question."""
     def policy(prompt, seed):
-        wasted = seed % 2 and "not valid" not in prompt
-        return "hm" if wasted else search_then_answer(prompt, seed)
+        return "hm" if seed % 2 and "not valid" not in prompt else search_then_answer(prompt, seed)
 
     run = train(policy, prompts_per_step=4, rollouts=3)
     for prompt in run.simulator.prompts:
@@ -483,7 +427,7 @@ def test_a_request_carries_its_own_question_and_every_alias(train):
     assert 0 < run.metrics[0]["search/invalid_actions"] < 1 and len(run.simulator.prompts) == 24
 
 
-# ---------------------------------------------------------------- the curriculum
+RANDOM = {"curriculum": "random", "p_start": 0.4, "p_end": 0.6, "seed": 1, "steps": 3}
 
 
 @pytest.mark.parametrize("options,expected", [
@@ -491,11 +435,13 @@ def test_a_request_carries_its_own_question_and_every_alias(train):
     ({"base": 1}, [0, 0.5, 1]),
     ({"p_start": 1, "p_end": 0}, [1, 1 - (4**0.5 - 1) / 3, 0]),
     ({"p_start": 0.25, "p_end": 0.75, "curriculum": "constant"}, [0.75] * 3),
+    (RANDOM, [rl.CURRICULA["random"](i, rl.CurriculumSettings(**RANDOM)) for i in range(3)]),
 ], ids=str)
 def test_the_curriculum_decides_what_the_simulator_is_asked_for(train, options, expected):
     """Logged, drawn and sent: p, the episodes' qualities, both places in the simulator's prompt."""
-    run = train(steps=3, prompts_per_step=4, rollouts=4, **options)
+    run = train(**{"steps": 3, "prompts_per_step": 4, "rollouts": 4} | options)
     wording = PROMPTS["simulator"]
+    assert [row["step"] for row in run.metrics] == [0, 1, 2]
     assert [row["noise/p"] for row in run.metrics] == pytest.approx(expected)
     for row, call, p in zip(run.metrics, run.simulator.calls, expected):
         texts = [run.simulator.tokenizer.decode(ids) for ids in call.prompts]
@@ -508,70 +454,43 @@ def test_the_curriculum_decides_what_the_simulator_is_asked_for(train, options, 
     assert drawn.count("noisy") == round(sum(row["search/noisy"] for row in run.metrics) * 16)
 
 
-def test_a_random_curriculum_depends_on_seed_and_step(train):
-    runs = [train(steps=3, curriculum="random", seed=seed, p_start=0.4, p_end=0.6, out=f"{seed}")
-            for seed in (1, 2)]
-    p = {row["noise/p"] for run in runs for row in run.metrics}
-    assert len(p) == 6 and all(0.4 <= x <= 0.6 for x in p)
-
-
-# ---------------------------------------------------------------- what is drawn
-
-
-def two_searches(prompt, seed):
-    done = searches_made(prompt) == 2
-    return "<answer> Lima </answer>" if done else f"<search> {number(prompt)} </search>"
-
-
 def test_every_draw_has_its_own_seed(train):
-    """Over steps, questions, attempts and turns, for policy and simulator; noise draws differ too.
+    """Policy, simulator and noise: in threads, in whatever order they run, all is drawn alike."""
+    def qualities(run):
+        return {(e["step"], e["id"], e["sample"], turn): entry["quality"] for e in run.episodes
+                for turn, entry in enumerate(e["turns"][:2])}
 
-    In threads, in whatever order they run, everything is drawn alike."""
-    options = {"curriculum": "constant", "p_end": 0.5, "prompts_per_step": 4, "rollouts": 8}
-    run = train(two_searches, **options)
+    options = {"curriculum": "constant", "p_end": 0.5, "prompts_per_step": 4, "rollouts": 8,
+               "policy": partial(search_then_answer, searches=2)}
+    run, again = train(**options), train(**options, out="again", concurrent=True)
+    other = train(**options, out="other", seed=1)
     for fake, turns in ((run.policy, 3), (run.simulator, 2)):
         assert len(set(fake.seeds)) == len(fake.seeds) == 2 * 32 * turns
-    qualities = {}
-    for e in run.episodes:
-        for turn, entry in enumerate(e["turns"][:2]):
-            qualities[e["step"], e["id"], e["sample"], turn] = entry["quality"]
     for place in range(4):  # neither of step, question, sample and turn is left out of the draw
         groups = {}
-        for key, quality in qualities.items():
+        for key, quality in qualities(run).items():
             groups.setdefault(key[:place] + key[place + 1 :], set()).add(quality)
         assert any(len(found) == 2 for found in groups.values())
-    again = train(two_searches, **options, out="again", concurrent=True)
-    assert sorted(again.policy.seeds) == sorted(run.policy.seeds)
-    assert sorted(again.simulator.seeds) == sorted(run.simulator.seeds)
-    assert again.episodes == run.episodes
-    other = train(two_searches, **options, out="other", seed=1)
-    assert not {*other.policy.seeds, *other.simulator.seeds} & {*run.policy.seeds,
-                                                                *run.simulator.seeds}
-    assert [e["turns"][0]["quality"] for e in other.episodes] != [e["turns"][0]["quality"]
-                                                                  for e in run.episodes]
+    seeds = [sorted(made.policy.seeds + made.simulator.seeds) for made in (run, again, other)]
+    assert seeds[0] == seeds[1] and not set(seeds[0]) & set(seeds[2])
+    assert again.episodes == run.episodes and qualities(other) != qualities(run)
 
 
 def test_every_epoch_asks_every_question_once_in_a_new_order(train):
     rows = [question(i, ALIASES) for i in range(12)]
-    asked = {}
-    for seed in (0, 1):
-        run = train(steps=9, prompts_per_step=4, rows=rows, seed=seed, max_searches=0,
-                    out=f"{seed}")
-        asked[seed] = [e["id"] for e in run.episodes if e["sample"] == 0]
+    options = {"steps": 9, "prompts_per_step": 4, "rows": rows, "max_searches": 0}
+    runs = [train(seed=seed, out=f"{seed}", **options) for seed in (0, 1)]
+    asked = [[e["id"] for e in run.episodes if e["sample"] == 0] for run in runs]
     epochs = [tuple(asked[0][i : i + 12]) for i in (0, 12, 24)]
     assert all(len(set(epoch)) == 12 for epoch in epochs) and len(set(epochs)) == 3
     assert asked[0] != asked[1]
-
-
-# ---------------------------------------------------------------- the update
 
 
 def test_the_sampler_gets_the_weights_of_each_step(train):
     run = train(steps=3)
     saved = dict(load(run.out / "model").named_parameters())
     first, second, third = run.policy.weights
-    for name, weight in third.items():
-        assert torch.equal(weight, saved[name]), name
+    assert all(torch.equal(weight, saved[name]) for name, weight in third.items())
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert run.policy.events == ["generate", "generate", "sleep", "load"] * 3
     assert run.simulator.events == ["generate", "sleep"] * 3
@@ -579,11 +498,8 @@ def test_the_sampler_gets_the_weights_of_each_step(train):
 
 def test_rewards_are_the_chosen_ones(train):
     """An answer of half the words: F1 rewards it, EM does not."""
-    def policy(prompt, seed):
-        return f"<answer> {('Lima', 'Lima now')[seed % 2]} </answer>"
-
     for reward in ("f1", "em"):
-        run = train(policy, reward=reward, rollouts=4, out=reward)
+        run = train(SOMETIMES_HALF_RIGHT, reward=reward, rollouts=4, out=reward)
         assert all(e["reward"] == e["scores"][reward] for e in run.episodes)
         assert run.metrics[0]["reward/mean"] == run.metrics[0][f"reward/{reward}"]
         assert run.metrics[0]["reward/em"] < run.metrics[0]["reward/f1"]
@@ -645,49 +561,22 @@ STEEP = {"epochs": 3, "lr": 0.3}  # takes the ratios out of the clip
     (PPO, {"gae_lambda": 0.5}), (PLUS, {"gamma": 0.5}),
 ], ids=str)
 def test_an_option_of_the_update_changes_the_update(train, base, changes):
-    def policy(prompt, seed):
-        if not searches_made(prompt):
-            return "<search> a </search>"
-        return f"<answer> {('Lima', 'Lima now', 'Oslo')[seed % 3]} </answer>"
-
-    a, b = (train(policy, out=f"{len(more)}", rollouts=4, **base | more).policy.weights[-1]
-            for more in ({}, changes))
+    a, b = (train(SOMETIMES_HALF_RIGHT, out=f"{len(more)}", rollouts=4,
+                  **base | more).policy.weights[-1] for more in ({}, changes))
     assert any(not torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-7) for name in a)
 
 
-def test_the_importance_cap_scales_what_the_sampler_deemed_unlikely(train):
-    """All ratios above the cap: the loss is proportional to it."""
-    one, three = (train(sampler_logprob=-20.0, importance_cap=cap, algorithm="reinforce", steps=1,
-                        baseline="none", out=f"{cap}").metrics[0]["loss/policy"] for cap in (1, 3))
-    assert three == pytest.approx(3 * one) and one < 0
-
-
-def test_documents_are_trained_only_if_asked(train):
-    masked, whole = train(), train(flags=["--no-mask-documents"], out="whole")
-    written, trained = ([run.metrics[0][name] for run in (masked, whole)]
-                        for name in ("cost/policy_tokens", "tokens/trained"))
-    after_prompt = sum(len(e["ids"]) - e["prompt_tokens"] for e in whole.episodes if e["step"] == 0)
-    assert trained[0] <= written[0] and written[1] < trained[1] <= after_prompt
-
-
 def test_gradient_checkpointing_and_micro_batches_change_no_weight(train):
-    calls, handle = [], torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: calls.append(type(module).__name__))
-    counts, weights = [], []
-    try:
+    calls, counts, weights = [], [], []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook
+    with hook(lambda module, args: calls.append(type(module).__name__)):
         for more in ({}, {"flags": ["--gradient-checkpointing"]}, {"batch_tokens": 300}):
             calls.clear()
             weights.append(train(out=f"{len(counts)}", **more).policy.weights[-1])
             counts.append(calls.count("LlamaMLP"))
-    finally:
-        handle.remove()
-    assert counts[1] > counts[0] and counts[2] > counts[0]
-    for name in weights[0]:
-        assert torch.allclose(weights[1][name], weights[0][name], atol=1e-6)
-        assert torch.allclose(weights[2][name], weights[0][name], atol=1e-6)
-
-
-# ---------------------------------------------------------------- what is written
+    assert counts[1] > counts[0] < counts[2]
+    for name, weight in weights[0].items():
+        assert all(torch.allclose(other[name], weight, atol=1e-6) for other in weights[1:]), name
 
 
 def test_the_config_holds_what_was_used(train):
@@ -709,15 +598,13 @@ def test_rates_are_those_of_the_logged_figures(train):
 
 
 def test_failed_searches_are_counted_over_the_whole_run(train, monkeypatch):
-    error = lambda request: "broken" if "0" in request.query else None  # noqa: E731
-    plug_engine(monkeypatch, FakeEngine("d", error=error))
+    plug_engine(monkeypatch, FakeEngine("d", error=lambda r: "broken" if "0" in r.query else None))
     run = train(engine="bm25", failed_searches=4, prompts_per_step=4)
     assert [row["search/failed"] for row in run.metrics] == [2, 2]
     assert [e["scores"] == {} for e in run.episodes] == [e["end"] == "failed" for e in run.episodes]
     with pytest.raises(UserError, match="4 searches failed .--failed-searches allows 3.: broken"):
         train(engine="bm25", failed_searches=3, prompts_per_step=4, out="fewer")
-    # the second step goes too far
-    assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 1
+    assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 1  # in the second step
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_episodes(train, tmp_path):
@@ -727,25 +614,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_episodes(train, t
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 1
 
 
-def test_a_policy_that_answers_nothing_is_warned_of(train, capsys):
-    train(lambda prompt, seed: "hm", steps=1)
-    assert "step 0: almost no episode answers" in " ".join(capsys.readouterr().err.split())
-
-
 def test_a_checkpoint_is_flushed_before_it_has_its_name(train, monkeypatch):
     """A name that survives a power cut must not stand for files that didn't."""
-    events, fsync, rename = [], os.fsync, Path.rename
+    events = []
 
-    def recorded_fsync(descriptor):
-        events.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink()))
-        fsync(descriptor)
+    def record(owner, name, place):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (
+            events.append((name, place(args[0]))) or call(*args)))
 
-    def recorded_rename(self, target):
-        events.append(("rename", self))
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "rename", recorded_rename)
+    record(os, "fsync", lambda descriptor: Path(f"/proc/self/fd/{descriptor}").readlink())
+    record(Path, "rename", lambda path: path)
     folder = train(save_every=1).out / "checkpoints/step-000001"
     written = folder.with_name("step-000001.tmp")
     place = events.index(("rename", written))
@@ -764,14 +643,6 @@ def test_a_resumed_run_samples_with_the_checkpoints_weights(train):
     assert again.policy.seeds == whole.policy.seeds[-len(again.policy.seeds) :]
 
 
-# ---------------------------------------------------------------- the command, as a user runs it
-
-
-@pytest.fixture
-def data(jsonl):
-    return jsonl("train.jsonl", [question(i, hops=1 + i % 2) for i in range(4)])
-
-
 def options(data, model, out, *extra):
     return ["train", "--data", data, "--model", model, "--out", out, *BUDGET, *extra]
 
@@ -784,9 +655,8 @@ def test_two_runs_with_one_seed_agree(run_script, data, policy, tiny, tmp_path):
     assert metrics == read_metrics(tmp_path / "b") and len(metrics) == 2
     for file in ("episodes.jsonl", "model/model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    start, end = ((folder / "model/model.safetensors").read_bytes()
-                  for folder in (policy.parent, tmp_path / "a"))
-    assert start != end
+    start, end = (policy, tmp_path / "a/model")
+    assert (start / "model.safetensors").read_bytes() != (end / "model.safetensors").read_bytes()
     assert all(math.isfinite(v) for row in metrics for v in row.values())
     assert 0 < metrics[0]["reward/mean"] < 1 and metrics[0]["reward/answered"] > 0.5
 
@@ -811,9 +681,10 @@ def test_two_processes_make_the_same_step_as_one(data, policy, tmp_path):
     assert two == pytest.approx(one, rel=0.02, abs=1e-3)  # bfloat16, in other micro-batches
 
 
-def test_nothing_to_learn_is_no_error(train):
+def test_nothing_to_learn_is_warned_of_and_no_error(train, capsys):
     """No episode answers, no KL is paid for: no group has variance, and the step counts."""
     run = train(lambda prompt, seed: "hm")
+    assert "step 0: almost no episode answers" in " ".join(capsys.readouterr().err.split())
     assert run.metrics[0]["reward/zero_variance_groups"] == 1
     assert run.metrics[0]["loss/grad_norm"] == run.metrics[0]["loss/policy"] == 0
     start = dict(load(run.start).named_parameters())
@@ -836,8 +707,7 @@ def test_nothing_to_learn_is_no_error(train):
     (["--engine", "none"], "no/such-model"),
     ([], "--simulator"),
 ])
-def test_bad_settings_are_one_line_and_exit_code_2(capsys, monkeypatch, data, tmp_path, extra,
-                                                   words):
+def test_bad_settings_are_one_line_and_code_2(capsys, monkeypatch, data, tmp_path, extra, words):
     """Refused before anything is loaded or written: that the model doesn't exist comes last."""
     arguments = options(data, "no/such-model", tmp_path / "run", *extra)
     assert words in one_line(capsys, monkeypatch, rl, *arguments)
@@ -845,11 +715,11 @@ def test_bad_settings_are_one_line_and_exit_code_2(capsys, monkeypatch, data, tm
 
 
 def test_empty_gold_and_existing_run_are_refused(capsys, monkeypatch, jsonl, data, tiny, tmp_path):
-    out = tmp_path / "run"
-    bad = jsonl("bad.jsonl", [question(0), question(1, answers=[])])
-    line = one_line(capsys, monkeypatch, rl, *options(bad, tiny, out, "--engine", "none"))
-    assert "bad.jsonl:2" in line
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    line = one_line(capsys, monkeypatch, rl, *options(data, tiny, out, "--engine", "none"))
-    assert "--overwrite" in line and (out / "config.json").read_text() == "{}"
+    bad, config = tmp_path / "bad.jsonl", tmp_path / "run/config.json"
+    jsonl(bad.name, [question(0), question(1, answers=[])])
+    config.parent.mkdir()
+    config.write_text("{}")
+    for file, words in ((bad, "bad.jsonl:2"), (data, "--overwrite")):
+        arguments = options(file, tiny, config.parent, "--engine", "none")
+        assert words in one_line(capsys, monkeypatch, rl, *arguments)
+    assert config.read_text() == "{}"

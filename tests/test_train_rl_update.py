@@ -1,7 +1,4 @@
-"""The update of train_rl.py against independent references, and whether it learns.
-
-Numbers worked by hand, slow loops, a step a token at a time, TRL's loss; then a small search task.
-"""
+"""The update of train_rl.py against slow loops, whole slow steps, TRL's loss; whether it learns."""
 
 import copy
 import math
@@ -14,6 +11,7 @@ from accelerate import Accelerator
 from helpers import (ALGORITHMS, exact_model, gradient, make_critic, make_model, make_tokenizer,
                      relative, saved_episodes, settings)
 from torch import tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import sft_simulator as sim
 import train_rl as rl
@@ -24,8 +22,6 @@ from plumbing.models import named_weights
 from plumbing.rates import PhaseClock
 from plumbing.scorer import Critic, Sequence, TokenScorer
 from plumbing.text import encode
-
-# ---------------------------------------------------------------- advantages
 
 
 def test_advantages_by_hand():
@@ -69,8 +65,7 @@ def test_gae_and_token_rewards_equal_slow_loops(seed):
             assert advantages[b, t].item() == pytest.approx(slow, abs=1e-6)
             assert returns[b, t].item() == pytest.approx(slow + v[t], abs=1e-6)
             assert discounted[b, t].item() == pytest.approx(to_come, abs=1e-6)
-        assert not advantages[b, n:].any() and not rewards[b, n:].any()
-        assert not returns[b, n:].any()
+        assert not any(found[b, n:].any() for found in (advantages, returns, rewards))
 
 
 def test_whitening_is_over_policy_tokens():
@@ -81,26 +76,6 @@ def test_whitening_is_over_policy_tokens():
     white = rl.whiten(values, *trainer.moments(values, mask), mask)[mask.bool()]
     assert white.mean().item() == pytest.approx(0, abs=1e-6)
     assert white.std().item() == pytest.approx(1, abs=1e-6)
-
-
-# ---------------------------------------------------------------- losses
-
-
-def test_policy_loss_by_hand():
-    old = tensor([-1.0, -1.0, -1.0, -1.0]).log_softmax(0)
-    ratio = tensor([1.5, 1.5, 0.5, 0.5])
-    advantages, weights = tensor([1.0, -1.0, 1.0, -1.0]), tensor([1.0, 1, 1, 2])
-    loss, clipped = rl.policy_loss(old + ratio.log(), old, advantages, 0.2, 0.3, weights)
-    assert torch.allclose(loss, tensor([-1.3, 1.5, -0.5, 2 * 0.8]))
-    assert clipped.tolist() == [True, False, False, True]
-
-
-def test_policy_gradient_at_ratio_one_is_reinforces():
-    logprobs = tensor([-0.3, -2.0], dtype=torch.float64, requires_grad=True)
-    advantages = tensor([0.7, -1.1], dtype=torch.float64)
-    loss, _ = rl.policy_loss(logprobs, logprobs.detach(), advantages, 0.2, 0.2, torch.ones(2))
-    loss.sum().backward()
-    assert torch.allclose(logprobs.grad, -advantages)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -132,9 +107,6 @@ def test_k3_estimates_the_kl():
     assert (rl.kl_k3(policy, reference) >= 0).all()
 
 
-# ---------------------------------------------------------------- the step's gradient
-
-
 @pytest.mark.parametrize("changes", ALGORITHMS, ids=str)
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_gradient_is_the_same_however_the_batch_is_cut(changes, dtype, bound):
@@ -151,9 +123,7 @@ def test_gradient_is_the_same_however_the_batch_is_cut(changes, dtype, bound):
 
 
 def slow_advantages(s, episodes, groups, kl, values):
-    """Each token's advantage, and for PPO its return, in plain Python.
-
-    kl and values hold a list an episode."""
+    """Each token's advantage, for PPO also its return; kl and values hold a list an episode."""
     advantages, returns = [], []
     for e, penalties, v in zip(episodes, kl, values):
         rewards = groups[e.id]
@@ -181,9 +151,7 @@ def slow_advantages(s, episodes, groups, kl, values):
 
 
 def slow_step(s, episodes, policy, reference, critic):
-    """The gradients of policy and critic that a step should take, a token at a time.
-
-    No batch, no padding, no mask."""
+    """The gradients of policy and critic that a step should take: no batch, padding or mask."""
     def places(e):
         return [t for t in range(e.prompt_tokens, len(e.ids)) if e.mask[t] or not s.mask_documents]
 
@@ -237,13 +205,14 @@ def test_a_whole_step_equals_a_slow_one(changes, seed):
 
 
 def test_groups_without_variance_are_skipped():
-    """Unless a KL in the loss gives them a gradient."""
+    """Unless a KL in the loss gives them a gradient; documents are trained only if asked."""
     episodes = saved_episodes()
     for e in episodes[2:]:
         e.reward = 0.5
-    counts = [sum(e.mask) for e in episodes]
-    for kl_coef, trained in ((0.0, counts[:2]), (0.1, counts)):
-        assert gradient(episodes, kl_coef=kl_coef)[1]["tokens/trained"] == sum(trained)
+    own, all_ = [sum(e.mask) for e in episodes], [len(e.ids) - e.prompt_tokens for e in episodes]
+    for kl_coef, mask, trained in ((0.0, True, own[:2]), (0.1, True, own), (0.1, False, all_)):
+        metrics = gradient(episodes, kl_coef=kl_coef, mask_documents=mask)[1]
+        assert metrics["tokens/trained"] == sum(trained)
 
 
 def test_a_group_is_the_rollouts_of_one_prompt():
@@ -265,12 +234,8 @@ def test_a_document_changes_no_gradient_that_does_not_depend_on_it():
     a, _ = gradient(first_turn_only(saved_episodes()))
     b, _ = gradient(first_turn_only(saved_episodes(documents=[7] * 20)))
     assert torch.equal(a, b)
-    c, _ = gradient(saved_episodes())
-    d, _ = gradient(saved_episodes(documents=[7] * 20))
+    c, d = (gradient(saved_episodes(documents=text))[0] for text in (None, [7] * 20))
     assert relative(c, d) > 1e-3  # and what comes after it does
-
-
-# ---------------------------------------------------------------- beside TRL
 
 
 def trl_loss(model, episodes, advantages, tokenizer, folder, *, beta, old, reference, **config):
@@ -279,9 +244,7 @@ def trl_loss(model, episodes, advantages, tokenizer, folder, *, beta, old, refer
     from trl import GRPOConfig, GRPOTrainer
 
     def padded(rows, side="right"):
-        rows = [tensor(row[::-1] if side == "left" else row) for row in rows]
-        matrix = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return matrix.flip(1) if side == "left" else matrix
+        return pad_sequence([tensor(row) for row in rows], batch_first=True, padding_side=side)
 
     arguments = GRPOConfig(str(folder), per_device_train_batch_size=len(episodes),
                            num_generations=2, use_cpu=True, bf16=False, temperature=1.0,
@@ -314,10 +277,7 @@ def trl_loss(model, episodes, advantages, tokenizer, folder, *, beta, old, refer
 @pytest.mark.parametrize("kl_coef,off_policy,trl_type", [
     (0.0, False, "dapo"), (0.3, False, "dapo"), (0.3, True, "dapo"), (0.0, True, "bnpo")])
 def test_grpo_loss_and_gradient_equal_trls(kl_coef, off_policy, trl_type, tokenizer, tmp_path):
-    """Ragged prompts, documents inside, k3 KL, ratios beyond both bounds of the clip.
-
-    TRL's KL is DeepSeekMath's, as ours, without its `use_bias_correction_kl`: by default it
-    multiplies the KL by the ratio."""
+    """Ragged prompts, documents inside, k3 KL, ratios beyond both bounds of the clip."""
     episodes, advantages = saved_episodes(seed=1, count=6), [1.3, -0.8, 0.4, -0.4, 0.9, -1.1]
     sequences = [Sequence(e.ids, e.mask) for e in episodes]
     scorer, other = (TokenScorer(make_model(len(tokenizer), seed=seed, initializer_range=0.1))
@@ -336,6 +296,7 @@ def test_grpo_loss_and_gradient_equal_trls(kl_coef, off_policy, trl_type, tokeni
     loss = float(sums["policy"] + kl_coef * sums["kl"]) / tokens
     fast = torch.cat([p.grad.flatten() for p in scorer.parameters()])
     scorer.zero_grad()
+    # use_bias_correction_kl, its default, multiplies DeepSeekMath's KL, which ours is, by the ratio
     theirs, slow = trl_loss(scorer.model, episodes, advantages, tokenizer, tmp_path, beta=kl_coef,
                             epsilon=0.2, epsilon_high=0.3, loss_type=trl_type,
                             use_bias_correction_kl=False, **given)
@@ -344,7 +305,6 @@ def test_grpo_loss_and_gradient_equal_trls(kl_coef, off_policy, trl_type, tokeni
     assert relative(fast, slow) < 1e-4
 
 
-# ---------------------------------------------------------------- it learns
 # A small search task, a tiny random model, the real rollout, masks, reward and update. The policy
 # is first taught the form only: search, read a letter, answer *any* letter. Its reward is chance,
 # 1 in 4. What the document says must be learnt from the reward alone.
