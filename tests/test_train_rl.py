@@ -505,10 +505,10 @@ def test_rewards_are_the_chosen_ones(train):
         assert run.metrics[0]["reward/em"] < run.metrics[0]["reward/f1"]
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_log_probs_are_scored_at_the_temperature_of_the_rollouts(train, epochs):
-    """Of the policy, of the old policy (two epochs), and of the reference: its KL starts at 0."""
-    run = train(temperature=0.6, epochs=epochs, kl_coef=0.1, lr=1e-4)
+@pytest.mark.parametrize("more", [{}, {"epochs": 2}, {"algorithm": "ppo"}], ids=str)
+def test_log_probs_are_scored_at_the_temperature_of_the_rollouts(train, more):
+    """Of the policy, the old policy (two epochs, PPO) and the reference: its KL starts at 0."""
+    run = train(temperature=0.6, kl_coef=0.1, lr=1e-4, **more)
     model, first = load(run.start), [e for e in run.episodes if e["step"] == 0]
     scores = [score(model, e, temperature=0.6) for e in first]
     logprobs, entropies = (torch.cat(parts) for parts in zip(*scores))
