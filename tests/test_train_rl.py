@@ -269,7 +269,7 @@ def score(model, episode: dict, temperature=1.0):
 ROWS = [question(0, ALIASES, hops=1), question(1, ("Oslo",), hops=2)]
 SCRIPT = {  # (step, question, sample, turn) -> what the policy writes
     (0, "q0", 0, 0): "<think> t </think>\n<search> Peru </search>",
-    (0, "q0", 0, 1): "<think> t </think>\n<answer> the lima </answer>",
+    (0, "q0", 0, 1): "<think> t </think>\n<answer> the city of kings </answer>",
     (0, "q0", 1, 0): "hm",
     (0, "q0", 1, 1): "<answer> Kings of Lima City </answer>",
     (0, "q1", 0, 0): "<answer> Rome </answer>",
