@@ -115,20 +115,16 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
     """What a run used, for its config.json: settings, package versions, git commit, hardware."""
-    import torch  # not at the top: a command without models starts fast
+    # Not at the top: it imports torch, and a command without models starts fast.
+    from plumbing.devices import describe_hardware
 
     git = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", "bm25s", "numpy"):
         versions[package] = importlib.metadata.version(package)
-    if torch.cuda.is_available():
-        device, name, count = "cuda", torch.cuda.get_device_name(), torch.cuda.device_count()
-    else:
-        device, count = "cpu", torch.get_num_threads()
-        name = platform.processor() or platform.machine()
     return {"settings": settings, "versions": versions, "commit": commit or None,
-            "hardware": {"device": device, "name": name, "count": count}}
+            "hardware": describe_hardware()}
 
 
 def check_no_run(out: Path, overwrite: bool) -> None:

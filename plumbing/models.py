@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.cli import UserError, console, first_line
+from plumbing.devices import compute_dtype
 from plumbing.remote import is_server, served_model, server_urls
 from plumbing.text import ROOT
 
@@ -140,14 +141,16 @@ def save_model(model, tokenizer, out: Path) -> None:
 
 
 def make_accelerator(**options) -> Accelerator:
-    """Accelerate with bfloat16 arithmetic and float32 weights, on the devices of its own config.
+    """Accelerate with float32 weights and `compute_dtype`, on the devices of its own config.
 
     Under FSDP2 its default also rounds the gradients between ranks and a model's outputs (here
     log-probs) to bfloat16; this policy keeps both in float32."""
-    accelerator = Accelerator(mixed_precision="bf16", **options)
+    fast = compute_dtype()
+    precision = "bf16" if fast == torch.bfloat16 else "no"
+    accelerator = Accelerator(mixed_precision=precision, **options)
     if accelerator.is_fsdp2:
         from torch.distributed.fsdp import MixedPrecisionPolicy  # here: the import is slow
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=fast, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
+from plumbing.devices import compute_dtype
 from plumbing.ranks import Pass, Worker
 from plumbing.scorer import own_tokens
 
@@ -63,9 +64,10 @@ def useful_products(accelerator: Accelerator, work: Pass) -> int:
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s of a large bfloat16 matrix product, best of three: the denominator of MFU."""
+    """FLOP/s of a large matrix product in `compute_dtype`, best of three: MFU's denominator."""
     n = 8192 if device.type == "cuda" else 2048
-    matrix = torch.rand(n, n, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    matrix = torch.rand(n, n, generator=torch.Generator().manual_seed(0))
+    matrix = matrix.to(device, compute_dtype())
     clock = PhaseClock()
     for trial in ("0", "1", "2"):
         with clock(trial):

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from plumbing.cli import UserError
+from plumbing.devices import compute_dtype
 from plumbing.generate import Generation, Generator, HFGenerator, Sampling
 from plumbing.models import load_model, load_tokenizer, resolve_model
 from plumbing.remote import (OutsideError, RetryPolicy, call, in_threads, is_server, openai_key,
@@ -35,7 +36,7 @@ class VLLMGenerator:
     concurrent = True
     in_turn = threading.Lock()  # for all engines of a process: vLLM's forward pass uses a global
 
-    def __init__(self, name: str, dtype: str = "bfloat16"):
+    def __init__(self, name: str, dtype: torch.dtype | None = None):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in process
         for variable, value in VLLM_DEFAULTS.items():
             os.environ.setdefault(variable, value)
@@ -49,8 +50,8 @@ class VLLMGenerator:
             options |= {"enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
         if os.environ.get("WORLD_SIZE", "1") != "1":  # each rank has its own engine and device
             options["distributed_executor_backend"] = "external_launcher"
-        self.llm = vllm.LLM(resolve_model(name), dtype=dtype, seed=0, gpu_memory_utilization=0.35,
-                            **options)
+        self.llm = vllm.LLM(resolve_model(name), dtype=dtype or compute_dtype(), seed=0,
+                            gpu_memory_utilization=0.35, **options)
         self.asleep = False
         self.inbox, self.numbers = queue.SimpleQueue(), itertools.count()
         threading.Thread(target=self._run, daemon=True).start()
@@ -202,7 +203,7 @@ class ServerGenerator:
 
 
 def load_generator(name: str, engine: GeneratorName = "auto", needs_ids: bool = True) -> Generator:
-    """A generator with bfloat16 weights on this process's device, or for a server's URL.
+    """A generator with `compute_dtype` weights on this process's device, or for a server's URL.
 
     needs_ids: see ServerGenerator. Raises UserError if vLLM is asked for and not installed."""
     if is_server(name):
@@ -213,5 +214,5 @@ def load_generator(name: str, engine: GeneratorName = "auto", needs_ids: bool = 
                         "has it (see README.md)")
     if engine == "vllm" or (engine == "auto" and installed):
         return VLLMGenerator(name)
-    model = load_model(name, torch.bfloat16).to(PartialState().device)
+    model = load_model(name, compute_dtype()).to(PartialState().device)
     return HFGenerator(model, load_tokenizer(name))

@@ -3,7 +3,7 @@
 \b
     python results/bench_trl.py compare    # after make demo; writes results/trl.md
 
-Two workloads of 64 rollouts of 8 prompts, in bfloat16 autocast over float32 weights, without KL:
+Two workloads of 64 rollouts of 8 prompts, float32 weights and `compute_dtype`, without KL:
 
 \b
     equal   145 prompt tokens and 64 sampled ones each: generation with Transformers on either side
@@ -46,6 +46,7 @@ from plumbing.cli import UserError, console, make_app, markdown_table, run_cli
 from plumbing.files import read_jsonl, read_questions
 from plumbing.generate import Sampling
 from plumbing.models import load_model, load_tokenizer, make_accelerator, named_weights
+from plumbing.devices import compute_dtype
 from plumbing.rates import PhaseClock, peak_flops, useful_products
 from plumbing.served import load_generator
 from plumbing.text import ROOT
@@ -209,9 +210,10 @@ def trl_config(folder: str):
         max_completion_length=COMPLETION_TOKENS, temperature=1.0,
         generation_kwargs={"min_new_tokens": COMPLETION_TOKENS}, beta=0.0, loss_type="dapo",
         learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0,
-        optim="adamw_torch_fused", bf16=True, use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False, dataloader_pin_memory=False, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, seed=0)
+        optim="adamw_torch_fused", bf16=compute_dtype() == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+        dataloader_pin_memory=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, seed=0)
 
 
 def replay_of(stored: list[rl.Episode]):
@@ -298,16 +300,17 @@ def introduction(pairs: int, rate: float) -> str:
     packages = ("torch", "transformers", "trl", "accelerate")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     device = f"{torch.get_num_threads()} threads of a CPU"
+    arithmetic = str(compute_dtype()).removeprefix("torch.")
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     return (
         f"# Optimisation steps beside TRL's GRPOTrainer\n\nMade by `python results/bench_trl.py "
         f"compare` (its docstring says how). Model {MODEL}, {PROMPTS * ROLLOUTS} rollouts of "
-        f"{PROMPTS} prompts, bfloat16 autocast over float32 weights, no KL, no gradient "
+        f"{PROMPTS} prompts, {arithmetic} arithmetic over float32 weights, no KL, no gradient "
         f"checkpointing; medians of {pairs} pair{'s' * (pairs > 1)}, the sides in turn, each in "
         f"its own process after one step of warm-up. Micro-batches: ours {BATCH_TOKENS} tokens, "
         f"TRL's {TRL_BATCH} sequences.\n\n{versions}; Python {platform.python_version()}, "
-        f"{device}, {os.cpu_count()} cores. A large bfloat16 matrix product runs at "
+        f"{device}, {os.cpu_count()} cores. A large {arithmetic} matrix product runs at "
         f"{rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body parameters x tokens + 6 "
         f"x head parameters x trained positions; a beginning that episodes of a micro-batch share "
         f"is computed once by this kit, and then counted once, but in each episode as tokens/s.")

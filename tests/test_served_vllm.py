@@ -17,6 +17,7 @@ import sft_simulator as sim
 import train_rl as rl
 from plumbing import served
 from plumbing.cli import UserError
+from plumbing.devices import compute_dtype
 from plumbing.engines import SearchRequest
 from plumbing.files import read_jsonl, read_questions, write_jsonl
 from plumbing.generate import HFGenerator, Sampling
@@ -61,7 +62,7 @@ def gaps(model, prompts, outputs) -> torch.Tensor:
 def test_float32_greedy_tokens_are_those_of_transformers(prompts):
     """>= 95 of 100 identical; where two part, the model sees next to no difference between them."""
     model, seeds = load_model("smollm2"), [0] * len(prompts)
-    theirs = VLLMGenerator("smollm2", dtype="float32").generate(prompts, GREEDY, seeds)
+    theirs = VLLMGenerator("smollm2", dtype=torch.float32).generate(prompts, GREEDY, seeds)
     ours = HFGenerator(model, load_tokenizer("smollm2")).generate(prompts, GREEDY, seeds)
     model.set_attn_implementation("sdpa")
     different = [i for i in range(len(prompts)) if ours[i].ids != theirs[i].ids]
@@ -76,7 +77,7 @@ def test_float32_greedy_tokens_are_those_of_transformers(prompts):
 
 def test_bfloat16_logprobs_are_close_to_the_trainers(vllm16, prompts):
     outputs = vllm16.generate(prompts, GREEDY, [0] * len(prompts))
-    assert gaps(load_model("smollm2", torch.bfloat16), prompts, outputs).median() < 0.02
+    assert gaps(load_model("smollm2", compute_dtype()), prompts, outputs).median() < 0.02
 
 
 def test_a_weight_update_reaches_the_sampler_and_its_cache(vllm16, prompts):
@@ -179,7 +180,7 @@ def test_a_real_server_returns_the_ids_it_sampled_and_plays_both_models(server, 
     assert isinstance(generator, ServerGenerator)
     assert generator.tokenizer.eos_token == "<|im_end|>"
     outputs = generator.generate(few, Sampling(32, 0.0, ("</search>",)), list(range(40)))
-    assert gaps(load_model("smollm2", torch.bfloat16), few, outputs).median() < 0.02
+    assert gaps(load_model("smollm2", compute_dtype()), few, outputs).median() < 0.02
     first, second = generator.generate(few[:1] * 2, Sampling(24, 1.0), [5, 6])
     assert first.ids != second.ids
     # It plays the simulator and the policy: rollouts in threads, both models served.
