@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,8 @@ from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, chec
 from plumbing.files import (append_jsonl, check_no_run, draw_seed, open_run, read_jsonl,
                             read_questions)
 from plumbing.generate import Generator, Sampling
-from plumbing.metrics import collapse_warning, rollout_metrics, update_metrics
+from plumbing.metrics import (collapse_warning, eval_metrics, rollout_metrics,
+                              update_metrics)
 from plumbing.models import (load_model, load_tokenizer, load_trained, make_accelerator,
                              named_weights, prepare_reference, save_model, whole)
 from plumbing.ranks import Pass, Worker, balance_over_ranks, pad, unpad
@@ -554,6 +555,12 @@ class TrainSettings(SearchSettings, EpisodeSettings, CurriculumSettings):
     mask_documents: bool = option(True, "Train no token of a document (off: the paper's Table 7).")
     batch_tokens: int = option(4096, "Tokens a micro-batch; shared beginnings count once.", low=1)
     gradient_checkpointing: bool = option(False, "Less memory, more time.")
+    eval_every: int = option(0, "Steps between evaluations on held-out questions; 0: none.", low=0)
+    eval_data: Path | None = option(None, "The held-out questions, as --data.")
+    eval_limit: int = option(64, "How many of them: a sample, by --seed.", low=1)
+    eval_engine: str | None = option(None, "Their search engine; by default that of training.",
+                                     choices=ENGINES)
+    keep_best: bool = option(False, "Keep the policy of the best evaluation in OUT/best.")
     save_every: int = option(50, "Steps between checkpoints.", low=1, resumable=True)
     logger: str | None = option(None, "Accelerate's tracker: wandb, trackio...", resumable=True)
     preset: str | None = option(None, "Values of data/presets.toml.", is_eager=True, resumable=True,
@@ -568,6 +575,11 @@ class TrainSettings(SearchSettings, EpisodeSettings, CurriculumSettings):
         if self.rollouts == 1 and ALGORITHMS[self.algorithm].groups and not alone:
             raise UserError(f"{self.algorithm} compares the rollouts of a prompt with each other: "
                             "--rollouts 1 is too few")
+        if bool(self.eval_every) != bool(self.eval_data) or self.keep_best > bool(self.eval_every):
+            raise UserError("an evaluation takes --eval-every N and --eval-data FILE; without it "
+                            "there is no best policy to keep")
+        if self.eval_engine and (missing := ENGINES[self.eval_engine].missing(self)):
+            raise UserError(f"--eval-engine {self.eval_engine} needs {missing}")
         check_tracker(self.logger)
 
 
@@ -793,9 +805,11 @@ class Run:
     s: TrainSettings
     rows: list[dict[str, Any]]
     setup: Setup
+    held_out: Setup  # greedy; its engine may be another one
     trainer: Trainer
     checkpoints: Checkpoints
     peak: float  # FLOP/s of all devices, measured
+    best: float = -math.inf  # mean reward of the best evaluation so far
     searches: int = 0
     failed: int = 0
 
@@ -812,6 +826,7 @@ def train(s: TrainSettings) -> None:
     with run.checkpoints.stoppable(start), progress_bar() as bar:
         task = bar.add_task(s.algorithm, total=s.steps, completed=start, info="")
         for step in range(start, s.steps):
+            evaluate_held_out(run, done=step)
             clock = PhaseClock()
             episodes = collect(run, step, clock)
             losses = learn(run, step, episodes, clock)
@@ -819,6 +834,7 @@ def train(s: TrainSettings) -> None:
             bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  "
                        f"noise {metrics['noise/p']:.2f}  "
                        f"API bill saved ${costs.search_bill(run.searches):.2f}")
+        evaluate_held_out(run, done=s.steps)
     save_model(run.policy, run.setup.tokenizer, s.out / "model")
     run.checkpoints.end(f"policy saved: {s.out / 'model'}")
 
@@ -838,17 +854,23 @@ def prepare(s: TrainSettings) -> tuple[Run, int]:
     generator, prompts = load_generator(s.model, s.generator), load_prompts(s.prompts)
     trainer = make_trainer(accelerator, s)
     setup = Setup(generator, ENGINES[s.engine].make(s), prompts, s, s.seed)
+    engine = ENGINES[s.eval_engine].make(s) if s.eval_engine else setup.engine
+    held_out = replace(setup, engine=engine, limits=replace(s, temperature=0.0))
     if start is None and accelerator.is_main_process:  # only now: all that can fail has loaded
         open_run(s.out, s.record(), s.overwrite)
     accelerator.wait_for_everyone()
     console.print(f"generation: {generator.name}")
     checkpoints = Checkpoints(accelerator, s.out, s.save_every)
-    run = Run(s, rows, setup, trainer, checkpoints, peak_flops(accelerator.device) * processes)
+    peak = peak_flops(accelerator.device) * processes
+    run = Run(s, rows, setup, held_out, trainer, checkpoints, peak)
     before = checkpoints.go_on(start) if start is not None else []
     if start:
         generator.load_weights(named_weights(run.policy))
     run.searches = sum(row["cost/searches"] for row in before)
     run.failed = sum(row["search/failed"] for row in before)
+    if (s.out / "eval.jsonl").exists():
+        evaluations = read_jsonl(s.out / "eval.jsonl", whole_lines=True)
+        run.best = max((row["eval/reward"] for row in evaluations), default=run.best)
     start_tracker(accelerator, s.logger, s)
     trainer.commit = checkpoints.agree  # from there on a signal waits for the end of the step
     return run, start or 0
@@ -856,12 +878,22 @@ def prepare(s: TrainSettings) -> tuple[Run, int]:
 
 def collect(run: Run, step: int, clock: PhaseClock) -> list[Episode]:
     """Play and score this step's episodes; returns those of all ranks."""
-    s, setup, accelerator = run.s, run.setup, run.trainer.accelerator
-    mine = step_questions(run.rows, step, s)[accelerator.process_index :: accelerator.num_processes]
+    s, noise = run.s, CURRICULA[run.s.curriculum](step, run.s)
+    rows = step_questions(run.rows, step, s)
+    return play_questions(run, run.setup, rows, s.rollouts, noise=noise, step=step, clock=clock)
+
+
+def play_questions(run: Run, setup: Setup, rows: list[dict[str, Any]], samples: int,
+                   **how: Any) -> list[Episode]:
+    """Play this rank's share of the questions, so many times each; returns all ranks' episodes.
+
+    how: arguments of `rollout`."""
+    s, accelerator = run.s, run.trainer.accelerator
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
     episodes = [new_episode(row, sample, setup.tokenizer, setup.prompts, setup.engine is not None)
-                for row in mine for sample in range(s.rollouts)]
+                for row in mine for sample in range(samples)]
     with run.checkpoints.droppable():
-        rollout(episodes, setup, noise=CURRICULA[s.curriculum](step, s), step=step, clock=clock)
+        rollout(episodes, setup, **how)
     for idle in (setup.generator, getattr(setup.engine, "generator", None)):
         if idle:
             idle.sleep()  # its memory is the update's for a while
@@ -906,6 +938,24 @@ def record(run: Run, step: int, episodes: list[Episode],
     accelerator.log(metrics, step=step)
     run.checkpoints.step_done(step + 1, of=s.steps)
     return metrics
+
+
+def evaluate_held_out(run: Run, done: int) -> None:
+    """After `done` steps, if due: play the held-out questions greedily, without noise.
+
+    Appends a line to OUT/eval.jsonl. Nothing of it is trained on."""
+    s, accelerator = run.s, run.trainer.accelerator
+    if not s.eval_every or (done % s.eval_every and done < s.steps):
+        return
+    rows = read_questions(s.eval_data)
+    sample = random.Random(draw_seed("held out", s.seed)).sample(rows, min(s.eval_limit, len(rows)))
+    metrics = {"step": done} | eval_metrics(play_questions(run, run.held_out, sample, samples=1))
+    if accelerator.is_main_process:
+        append_jsonl(s.out / "eval.jsonl", [metrics])
+    accelerator.log(metrics, step=done)
+    if s.keep_best and metrics["eval/reward"] > run.best:
+        run.best = metrics["eval/reward"]
+        save_model(run.policy, run.setup.tokenizer, s.out / "best")
 
 
 def step_questions(rows: list[dict[str, Any]], step: int, s: TrainSettings) -> list[dict[str, Any]]:

@@ -198,12 +198,12 @@ def load_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
 
 
 def set_lines_aside(out: Path, step: int) -> None:
-    """Move lines of metrics and episodes after the checkpoint, and an incomplete last line, to
-    *.set-aside."""
+    """Move lines of metrics, episodes and evaluations after the checkpoint, and an incomplete last
+    line, to *.set-aside."""
     for unfinished in (out / "checkpoints").glob("*.tmp"):
         text = f"{unfinished} was left half-written: not used"
         console.print(text, style="yellow", soft_wrap=True)
-    for name in ("metrics.jsonl", "episodes.jsonl"):
+    for name in ("metrics.jsonl", "episodes.jsonl", "eval.jsonl"):
         if not (out / name).exists():
             continue
         with open(out / name, encoding="utf-8") as file:

@@ -37,6 +37,15 @@ def rollout_metrics(episodes: list[Any], group_size: int) -> dict[str, float]:
     }
 
 
+def eval_metrics(episodes: list[Any]) -> dict[str, float]:
+    """Means over held-out episodes whose searches did not fail, and their number."""
+    played = [e for e in episodes if e.end != "failed"]
+    scores = {f"eval/{name}": mean(e.scores[name] for e in played)
+              for name in ("em", "f1", "answered")}
+    return {"eval/reward": mean(e.reward for e in played), **scores,
+            "eval/searches": mean(e.searches for e in played), "eval/n": len(played)}
+
+
 def mean(values) -> float:
     """The mean of any numbers; 0 of none."""
     values = [float(v) for v in values]

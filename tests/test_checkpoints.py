@@ -45,7 +45,8 @@ class World:
         rows = [json.dumps(question(i, hops=1 + i % 2)) + "\n" for i in range(4)]
         (folder / "train.jsonl").write_text("".join(rows))
         self.options = ["train", "--data", folder / "train.jsonl", "--model", policy, "--simulator",
-                        simulator, *BUDGET, "--kl-coef", "0.1", "--save-every", 2, "--steps", steps]
+                        simulator, *BUDGET, "--kl-coef", "0.1", "--save-every", 2, "--steps", steps,
+                        "--eval-every", 3, "--eval-data", folder / "train.jsonl"]
         package = folder / "site/trackio-1.0.dist-info"
         package.mkdir(parents=True)
         (package / "METADATA").write_text("Metadata-Version: 2.1\nName: trackio\nVersion: 1.0\n")
@@ -74,10 +75,10 @@ class World:
         return errors
 
     def ends_like(self, out: str, other: str) -> None:
-        """Weights, episodes and metrics, but for times and rates, are equal bit for bit."""
+        """All that a run leaves, but for times and rates, is equal bit for bit."""
         metrics = read_metrics(self.folder / out)
         assert metrics == read_metrics(self.folder / other) and len(metrics) == self.steps
-        for file in ("episodes.jsonl", "model/model.safetensors"):
+        for file in ("episodes.jsonl", "eval.jsonl", "model/model.safetensors"):
             ours, theirs = ((self.folder / run / file).read_bytes() for run in (out, other))
             assert ours == theirs, file
 

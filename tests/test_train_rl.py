@@ -608,6 +608,46 @@ def test_failed_searches_are_counted_over_the_whole_run(train, monkeypatch):
     assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 1  # in the second step
 
 
+HELD_OUT = [question(7, ALIASES), question(8, ("Oslo",)), question(9, ("Lima",))]
+
+
+def test_held_out_questions_are_played_greedily_without_noise_and_never_trained(train, jsonl):
+    """All training searches are noisy here. An evaluation goes before the first step, after every
+    second and after the last; two of the three answers are right."""
+    run = train(partial(search_then_answer, answers=("Lima",)), steps=3, p_start=1, eval_every=2,
+                eval_data=jsonl("held-out.jsonl", HELD_OUT), eval_limit=3)
+    line = {"eval/reward": 2 / 3, "eval/em": 2 / 3, "eval/f1": 2 / 3, "eval/answered": 1.0,
+            "eval/searches": 1.0, "eval/n": 3}
+    assert read_lines(run.out / "eval.jsonl") == [{"step": n} | line for n in (0, 2, 3)]
+    numbers = [set(re.findall(r"about (\d)", text)) for text in map(json.dumps, run.episodes)]
+    assert set.union(*numbers) <= set("0123")  # of the training questions
+    for prompt in run.simulator.prompts:
+        quality = "useful" if re.search("Query: about [789]", prompt) else "noisy"
+        assert f"with {quality} information" in prompt
+    assert [call.sampling.temperature for call in run.policy.calls] == (
+        [0.0] * 2 + [1.0] * 4 + [0.0] * 2 + [1.0] * 2 + [0.0] * 2)
+
+
+def test_the_policy_of_the_best_evaluation_is_kept(train, jsonl, monkeypatch):
+    """Held-out answers are right after the first step alone; the engine is another one."""
+    made, seen = plug_engine(monkeypatch, engine := FakeEngine("d")), []
+
+    def policy(prompt, seed):
+        if "Question 9" in prompt and "<information>" in prompt.split("assistant")[-1]:
+            seen.append(prompt)
+            return f"<answer> {'Lima' if len(seen) == 2 else 'Oslo'} </answer>"
+        return search_then_answer(prompt, seed)
+
+    run = train(policy, eval_every=1, eval_engine="bm25", flags=["--keep-best"],
+                eval_data=jsonl("held-out.jsonl", HELD_OUT[2:]))
+    rewards = [row["eval/reward"] for row in read_lines(run.out / "eval.jsonl")]
+    assert rewards == [0, 1, 0] and len(made) == 1
+    assert {request.query for request in engine.requests} == {"about 9"}
+    best, first, last = (load(run.out / "best").state_dict(), *run.policy.weights)
+    assert all(torch.equal(best[name], tensor) for name, tensor in first.items())
+    assert not all(torch.equal(best[name], tensor) for name, tensor in last.items())
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_episodes(train, tmp_path):
     with pytest.raises(UserError, match="step 1: the loss or its gradient is not finite"):
         train(lr=1e30)
@@ -705,6 +745,10 @@ def test_nothing_to_learn_is_warned_of_and_no_error(train, capsys):
     (["--algorithm", "dqn"], "--algorithm dqn: there are reinforce, grpo, ppo, reinforce++"),
     (["--steps", "0"], "--steps"),
     (["--engine", "none", "--prompts-per-step", "5"], "too few"),
+    (["--engine", "none", "--eval-every", "2"], "--eval-data"),
+    (["--engine", "none", "--keep-best"], "no best policy"),
+    (["--engine", "none", "--eval-every", "2", "--eval-data", "x", "--eval-engine", "http"],
+     "--eval-engine http needs --url"),
     (["--context-tokens", "10"], "--context-tokens"),
     (["--engine", "none", "--resume"], "no run to resume"),
     (["--engine", "none"], "no/such-model"),
