@@ -44,12 +44,12 @@ import costs
 from plumbing.cli import (UserError, argument, command, console, leave, make_app, markdown_table,
                           option, print_table, progress_bar, run_cli)
 from plumbing.engines import ENGINES, SearchRequest, SearchResult, check_failures
-from plumbing.files import (append_jsonl, check_no_run, check_same_run, draw_seed, open_run,
-                            read_jsonl, read_predictions, read_questions, whole_batches,
-                            write_json, write_jsonl)
+from plumbing.files import (append_jsonl, draw_seed, read_jsonl, read_predictions, read_questions,
+                            whole_batches, write_json, write_jsonl)
 from plumbing.generate import Sampling
 from plumbing.page import (Aloud, cost_section, difference_sentence, evaluation_section,
                            time_section, training_section)
+from plumbing.runfolder import FolderSettings, RunFolder, begun
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, cover_em, encode, exact_match, f1_score, fill, load_prompts,
                            neutralize, prompt_ids)
@@ -323,13 +323,12 @@ def sign_flip_p(differences: np.ndarray) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(SearchSettings, EpisodeSettings):
+class RunSettings(FolderSettings, SearchSettings, EpisodeSettings):
     """Options of `run`."""
 
     temperature: ClassVar[float] = 0.0  # greedy
 
     model: str = option(help='"smollm2" (embedded), a Hub id or a folder.')
-    out: Path = option(help="Run folder.")
     method: str = option("agent", "How the model is put to the question.", choices=METHODS)
     benchmark: str | None = option(None, f"{', '.join(BENCHMARKS)} or world.")
     data: Path | None = option(None, "Or a JSONL file with id, question, golden_answers.")
@@ -337,8 +336,6 @@ class RunSettings(SearchSettings, EpisodeSettings):
                                   resumable=True)
     limit: int | None = option(None, "A random sample of so many questions, by --seed.", low=1)
     batch_size: int = option(64, "Questions at a time, over all processes.", low=1)
-    resume: bool = option(False, "Go on with the run that OUT holds.", resumable=True)
-    overwrite: bool = option(False, "Replace the run that --out holds.", resumable=True)
 
     def check(self) -> None:
         super().check()
@@ -357,9 +354,27 @@ def run(s: RunSettings) -> None:
     ids = [str(row["id"]) for row in rows]
     if len(set(ids)) < len(ids):
         raise UserError(f"{s.data or s.benchmark}: an id occurs twice")
-    state, setup = PartialState(), load_setup(s)
-    console.print(f"generation: {setup.generator.name}")
-    predictions = s.out / "predictions.jsonl"
+    state, prompts = PartialState(), load_prompts(s.prompts)
+    reads = {"data": s.data or benchmark_file(s.benchmark),
+             "corpus": s.corpus if s.engine == "bm25" else None}
+    with RunFolder(s, prompts, state.is_main_process, **reads) as folder:
+        # First the generator: vLLM, when it starts, trips over modules that bm25s imports.
+        generator = load_generator(s.model, s.generator)
+        setup = Setup(generator, ENGINES[s.engine].make(s), prompts, s, s.seed)
+        folder.open()  # only now: all that can fail has loaded
+        console.print(f"generation: {generator.name}")
+        records = answer_all(rows, s, setup, state)
+        if state.is_main_process:
+            results = run_results(records, s)
+            write_json(s.out / "results.json", results)
+            title = f"{results['benchmark']}, {s.method}, {s.model}: {len(records)} questions"
+            show_summary(title, results["metrics"])
+        leave(state)
+
+
+def answer_all(rows: Rows, s: RunSettings, setup: Setup, state: PartialState) -> Rows:
+    """Records of all questions: of the batches that OUT holds, and of the others, appended."""
+    predictions, ids = s.out / "predictions.jsonl", [str(row["id"]) for row in rows]
     records = whole_batches(predictions, ids, s.batch_size) if s.resume else []
     if s.resume and state.is_main_process:
         write_jsonl(predictions, records)
@@ -372,30 +387,11 @@ def run(s: RunSettings) -> None:
             check_failures(errors, 0, s.failed_searches)
             if state.is_main_process:
                 append_jsonl(predictions, batch)
+                begun(s.out)
             records += batch
             matched = [record["scores"]["em"] for record in records if record["end"] != "failed"]
             bar.update(task, completed=len(records), info=f"EM {100 * np.mean(matched):.1f} %")
-    if state.is_main_process:
-        results = run_results(records, s)
-        write_json(s.out / "results.json", results)
-        title = f"{results['benchmark']}, {s.method}, {s.model}: {len(records)} questions"
-        show_summary(title, results["metrics"])
-    leave(state)
-
-
-def load_setup(s: RunSettings) -> Setup:
-    """Load what the run needs, then open its folder: what can't work must not cost an old run."""
-    main, prompts = PartialState().is_main_process, load_prompts(s.prompts)
-    if s.resume:
-        check_same_run(s.out, s)
-    elif main:
-        check_no_run(s.out, s.overwrite)
-    # First the generator: vLLM, when it starts, trips over modules that bm25s imports.
-    generator = load_generator(s.model, s.generator)
-    setup = Setup(generator, ENGINES[s.engine].make(s), prompts, s, s.seed)
-    if not s.resume and main:
-        open_run(s.out, s.record(), s.overwrite)
-    return setup
+    return records
 
 
 def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState) -> Rows:

@@ -29,14 +29,14 @@ from plumbing.cli import (CommonSettings, UserError, argument, command, console,
                           option, print_documents, print_table, progress_bar, run_cli)
 from plumbing.engines import (ENGINES, QUERY_CHARACTERS, Engine, EngineSettings, Quality,
                               SearchRequest, SearchResult)
-from plumbing.files import (append_jsonl, draw_seed, open_run, read_jsonl, write_json,
-                            write_jsonl)
+from plumbing.files import append_jsonl, draw_seed, read_jsonl, write_json, write_jsonl
 from plumbing.generate import Generator, Sampling
 from plumbing.metrics import agreement
 from plumbing.models import (load_model, load_tokenizer, make_accelerator, save_model,
                              simulator_tuning)
 from plumbing.remote import OutsideError, chat_verdicts, is_server
 from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate, micro_batches, same_count
+from plumbing.runfolder import FolderSettings, RunFolder
 from plumbing.served import load_generator
 import plumbing.web  # noqa: F401 (adds http and serpapi to ENGINES)
 from plumbing.text import (BRACKETS, ROOT, Prompts, clean, contains_answer, encode, fill,
@@ -307,16 +307,14 @@ def tuning_sequence(example: Pair | dict[str, str], tokenizer, prompts: dict[str
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningSettings(CommonSettings):
+class TuningSettings(FolderSettings, CommonSettings):
     """What supervised training takes, of the simulator here and of the policy's warm start."""
 
-    out: Path = option(help="Run folder; the model goes to OUT/model.")
     model: str = option("smollm2", '"smollm2" (embedded), a Hub id or a folder.')
     epochs: int = option(1, "Passes over the data.", low=1)
     lr: float = option(1e-6, "Peak learning rate.", above=0)
     batch_size: int = option(8, "Sequences a step.", low=1)
     batch_tokens: int = option(4096, "Tokens a micro-batch; shared beginnings count once.", low=1)
-    overwrite: bool = option(False, "Replace the run that --out holds.")
 
 
 def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
@@ -379,11 +377,11 @@ def supervised_gradient(accelerator: Accelerator, scorer, batch: list[Sequence],
     return accelerator.reduce(loss)
 
 
-def fine_tune(model, tokenizer, sequences: list[Sequence], s: TuningSettings) -> None:
-    """A supervised stage: run folder, training, the model in OUT/model."""
-    accelerator = make_accelerator()
-    if accelerator.is_main_process:
-        open_run(s.out, s.record(), s.overwrite)
+def fine_tune(accelerator: Accelerator, model, tokenizer, sequences: list[Sequence],
+              folder: RunFolder) -> None:
+    """A supervised stage, all loaded: training, the model in OUT/model."""
+    s: TuningSettings = folder.s
+    folder.open()
     accelerator.wait_for_everyone()
     transformers.set_seed(s.seed)
     console.print(f"{len(sequences)} sequences, {sum(len(q.ids) for q in sequences):,} tokens, "
@@ -404,12 +402,16 @@ class TrainSettings(TuningSettings):
 
 @command(app, TrainSettings)
 def train(s: TrainSettings) -> None:
-    """Fine-tune a model into a search engine whose quality is switched by its prompt."""
-    examples, prompts = read_tuning_set(s.pairs), load_prompts(s.prompts)["simulator"]
-    tokenizer, model = load_tokenizer(s.model), load_model(s.model)
-    model.config.simulator = {"words": s.words, "temperature": s.temperature}
-    sequences = [tuning_sequence(example, tokenizer, prompts, s.words) for example in examples]
-    fine_tune(model, tokenizer, sequences, s)
+    """Fine-tune a model into a search engine whose quality is switched by its prompt; it goes to
+    OUT/model."""
+    examples, prompts = read_tuning_set(s.pairs), load_prompts(s.prompts)
+    accelerator = make_accelerator()
+    with RunFolder(s, prompts, accelerator.is_main_process, pairs=s.pairs) as folder:
+        tokenizer, model = load_tokenizer(s.model), load_model(s.model)
+        model.config.simulator = {"words": s.words, "temperature": s.temperature}
+        sequences = [tuning_sequence(example, tokenizer, prompts["simulator"], s.words)
+                     for example in examples]
+        fine_tune(accelerator, model, tokenizer, sequences, folder)
 
 
 # ---------------------------------------------------------------- probe, search

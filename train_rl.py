@@ -37,8 +37,7 @@ from plumbing.checkpoints import Checkpoints, check_tracker, find_checkpoint, st
 from plumbing.cli import (CommonSettings, Settings, UserError, argument, command, console, make_app,
                           option, preset_callback, progress_bar, run_cli)
 from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, check_failures
-from plumbing.files import (append_jsonl, check_no_run, draw_seed, open_run, read_jsonl,
-                            read_questions)
+from plumbing.files import append_jsonl, draw_seed, read_jsonl, read_questions
 from plumbing.generate import Generator, Sampling
 from plumbing.metrics import (collapse_warning, eval_metrics, rollout_metrics,
                               update_metrics)
@@ -46,6 +45,7 @@ from plumbing.models import (load_model, load_tokenizer, load_trained, make_acce
                              named_weights, prepare_reference, save_model, whole)
 from plumbing.ranks import Pass, Worker, balance_over_ranks, pad, unpad
 from plumbing.rates import PhaseClock, peak_flops, rates
+from plumbing.runfolder import FolderSettings, RunFolder
 from plumbing.scorer import Critic, Sequence, TokenScorer, collate, micro_batches, same_count
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, Prompts, encode, exact_match, f1_score, fill, load_prompts,
@@ -524,11 +524,10 @@ ALGORITHMS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(SearchSettings, EpisodeSettings, CurriculumSettings):
+class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumSettings):
     """Options of `train`. Defaults: the paper's, but for GRPO and REINFORCE's baseline."""
 
     data: Path = option(help="Training questions: JSONL with id, question, golden_answers.")
-    out: Path = option(help="Run folder; the policy goes to OUT/model.")
     model: str = option("smollm2", 'The policy: "smollm2" (embedded), a Hub id or a folder.')
     engine: str = option("simulator", "simulator: ZeroSearch; a real engine: Search-R1; none: R1.",
                          choices=ENGINES)
@@ -566,8 +565,6 @@ class TrainSettings(SearchSettings, EpisodeSettings, CurriculumSettings):
     preset: str | None = option(None, "Values of data/presets.toml.", is_eager=True, resumable=True,
                                 callback=preset_callback(ROOT / "data/presets.toml"))
     show_config: bool = option(False, "Print the settings as JSON, and stop.", resumable=True)
-    resume: bool = option(False, "Go on from the last checkpoint in OUT.", resumable=True)
-    overwrite: bool = option(False, "Replace the run that --out holds.", resumable=True)
 
     def check(self) -> None:
         super().check()
@@ -759,13 +756,17 @@ class WarmupSettings(TuningSettings):
 
 @command(app, WarmupSettings)
 def warmup(s: WarmupSettings) -> None:
-    """Teach a small model the template, by imitation. Loss on the policy's own tokens only.
+    """Teach a small model the template, by imitation; the model goes to OUT/model. Loss on the
+    policy's own tokens only.
 
     Not part of the paper: its models follow the template when asked to, the embedded one not."""
     records = read_jsonl(s.trajectories, required=("id", "question", "golden_answers", "turns"))
-    prompts, tokenizer = load_prompts(s.prompts), load_tokenizer(s.model)
-    sequences = [replay(record, tokenizer, prompts, s.top_k) for record in records]
-    fine_tune(load_model(s.model), tokenizer, sequences, s)
+    accelerator, prompts = make_accelerator(), load_prompts(s.prompts)
+    main = accelerator.is_main_process
+    with RunFolder(s, prompts, main, trajectories=s.trajectories) as folder:
+        tokenizer = load_tokenizer(s.model)
+        sequences = [replay(record, tokenizer, prompts, s.top_k) for record in records]
+        fine_tune(accelerator, load_model(s.model), tokenizer, sequences, folder)
 
 
 def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int) -> Sequence:
@@ -821,43 +822,45 @@ class Run:
 
 @command(app, TrainSettings)
 def train(s: TrainSettings) -> None:
-    """Reinforcement learning of the policy against a search engine. Defaults: the paper's."""
-    run, start = prepare(s)
-    with run.checkpoints.stoppable(start), progress_bar() as bar:
-        task = bar.add_task(s.algorithm, total=s.steps, completed=start, info="")
-        for step in range(start, s.steps):
-            evaluate_held_out(run, done=step)
-            clock = PhaseClock()
-            episodes = collect(run, step, clock)
-            losses = learn(run, step, episodes, clock)
-            metrics = record(run, step, episodes, losses | clock.metrics())
-            bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  "
-                       f"noise {metrics['noise/p']:.2f}  "
-                       f"API bill saved ${costs.search_bill(run.searches):.2f}")
-        evaluate_held_out(run, done=s.steps)
-    save_model(run.policy, run.setup.tokenizer, s.out / "model")
-    run.checkpoints.end(f"policy saved: {s.out / 'model'}")
+    """Reinforcement learning of the policy against a search engine; it goes to OUT/model.
 
-
-def prepare(s: TrainSettings) -> tuple[Run, int]:
-    """Load everything, and open the run folder; the step to begin with."""
+    Defaults: the paper's."""
     if len(rows := read_questions(s.data)) < s.prompts_per_step:
         raise UserError(f"{s.data}: {len(rows)} questions are too few for a step")
     accelerator = make_accelerator(log_with=s.logger, project_dir=s.out)
+    reads = {"data": s.data, "eval_data": s.eval_data if s.eval_every else None,
+             "corpus": s.corpus if "bm25" in (s.engine, s.eval_engine) else None}
+    with RunFolder(s, load_prompts(s.prompts), accelerator.is_main_process, **reads) as folder:
+        run, start = prepare(s, rows, accelerator, folder)
+        with run.checkpoints.stoppable(start), progress_bar() as bar:
+            task = bar.add_task(s.algorithm, total=s.steps, completed=start, info="")
+            for step in range(start, s.steps):
+                evaluate_held_out(run, done=step)
+                clock = PhaseClock()
+                episodes = collect(run, step, clock)
+                losses = learn(run, step, episodes, clock)
+                metrics = record(run, step, episodes, losses | clock.metrics())
+                bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  "
+                           f"noise {metrics['noise/p']:.2f}  "
+                           f"API bill saved ${costs.search_bill(run.searches):.2f}")
+            evaluate_held_out(run, done=s.steps)
+        save_model(run.policy, run.setup.tokenizer, s.out / "model")
+        run.checkpoints.end(f"policy saved: {s.out / 'model'}")
+
+
+def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerator,
+            folder: RunFolder) -> tuple[Run, int]:
+    """Load everything, and open the run folder; the step to begin with."""
     processes = accelerator.num_processes
     if s.prompts_per_step % processes:
         raise UserError(f"--prompts-per-step can't be divided over {processes} processes")
-    start = find_checkpoint(s.out, s) if s.resume else None
-    if start is None and accelerator.is_main_process:
-        check_no_run(s.out, s.overwrite)
+    start = find_checkpoint(s.out) if s.resume else None
     transformers.set_seed(s.seed)
-    generator, prompts = load_generator(s.model, s.generator), load_prompts(s.prompts)
-    trainer = make_trainer(accelerator, s)
-    setup = Setup(generator, ENGINES[s.engine].make(s), prompts, s, s.seed)
+    generator, trainer = load_generator(s.model, s.generator), make_trainer(accelerator, s)
+    setup = Setup(generator, ENGINES[s.engine].make(s), folder.prompts, s, s.seed)
     engine = ENGINES[s.eval_engine].make(s) if s.eval_engine else setup.engine
     held_out = replace(setup, engine=engine, limits=replace(s, temperature=0.0))
-    if start is None and accelerator.is_main_process:  # only now: all that can fail has loaded
-        open_run(s.out, s.record(), s.overwrite)
+    folder.open()  # only now: all that can fail has loaded
     accelerator.wait_for_everyone()
     console.print(f"generation: {generator.name}")
     checkpoints = Checkpoints(accelerator, s.out, s.save_every)
@@ -912,7 +915,7 @@ def learn(run: Run, step: int, episodes: list[Episode], clock: PhaseClock) -> di
     try:
         losses = update(run.trainer, s, shares[accelerator.process_index], clock)
     except FloatingPointError as error:
-        kept = s.out / "nonfinite.jsonl"
+        kept = s.out.with_name(f"{s.out.name}-nonfinite.jsonl")  # for s.out may go: see RunFolder
         if accelerator.is_main_process:
             append_jsonl(kept, [e.record() for e in episodes])
         raise UserError(f"step {step}: {error}; its episodes are in {kept}") from None

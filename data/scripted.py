@@ -15,12 +15,13 @@ gives the final answer away, for it knows it, and the policy learns to skip.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from plumbing.cli import Settings, UserError, command, console, make_app, option, run_cli
+from plumbing.cli import UserError, command, console, make_app, option, run_cli
 from plumbing.engines import BM25Engine, SearchRequest
-from plumbing.files import open_run, read_jsonl, read_questions, write_jsonl
+from plumbing.files import read_jsonl, read_questions, write_jsonl
+from plumbing.runfolder import FolderSettings, RunFolder
 from plumbing.text import ROOT, contains_answer
 
 app = make_app(__doc__)
@@ -69,12 +70,13 @@ def ask_hastily(question: dict[str, Any], decomposition: dict[str, Any],
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptSettings(Settings):
+class ScriptSettings(FolderSettings):
+    resume: ClassVar[bool] = False  # it takes seconds
+
     out: Path = option(help="Run folder; the files are predictions.jsonl and hasty.jsonl.")
     split: str = option("train", "Which questions.", choices=("train", "dev"))
     hops: tuple[int, int, int] = option((320, 320, 160), "Questions of one, two and three hops.")
     top_k: int = option(3, "Documents that the searcher reads.", low=1)
-    overwrite: bool = option(False, "Replace the run that --out holds.")
 
     def check(self) -> None:
         super().check()
@@ -87,7 +89,12 @@ class ScriptSettings(Settings):
 def main(s: ScriptSettings) -> None:
     """Write trajectories that search, read and answer rightly."""
     world = ROOT / "data" / "world"
-    open_run(s.out, s.record(), s.overwrite)
+    with RunFolder(s, {}) as folder:
+        folder.open()
+        write_trajectories(s, world)
+
+
+def write_trajectories(s: ScriptSettings, world: Path) -> None:
     fields = ("id", "subject", "steps")
     decomposed = {row["id"]: row for row in read_jsonl(world / "decompositions.jsonl", fields)}
     engine = BM25Engine(world / "passages.jsonl", DEPTH)

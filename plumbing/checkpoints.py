@@ -21,7 +21,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from plumbing.cli import Settings, UserError, console, first_line, leave
-from plumbing.files import check_same_run, read_jsonl, write_jsonl
+from plumbing.files import read_jsonl, write_jsonl
+from plumbing.runfolder import begun
 
 
 def check_tracker(name: str | None) -> None:
@@ -91,6 +92,8 @@ class Checkpoints:
     def step_done(self, steps: int, of: int) -> None:
         """Record that `steps` steps are done; save a checkpoint if one is due and steps < of."""
         self.done = steps
+        if self.accelerator.is_main_process:
+            begun(self.out)
         if steps % self.every == 0 and steps < of:
             save_checkpoint(self.accelerator, self.out, steps)
 
@@ -181,10 +184,8 @@ def flush(paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def find_checkpoint(out: Path, settings: Settings) -> int:
-    """Steps done at the last checkpoint of `out`, 0 without one. Raises UserError as
-    `check_same_run`."""
-    check_same_run(out, settings)
+def find_checkpoint(out: Path) -> int:
+    """Steps done at the last checkpoint of `out`, 0 without one."""
     saved = sorted((out / "checkpoints").glob("step-??????"))
     return int(saved[-1].name[5:]) if saved else 0
 

@@ -1,20 +1,15 @@
-"""Files: JSONL, run folders, and seeds that depend on their arguments alone."""
+"""Files: JSONL, JSON, checksums, and seeds that depend on their arguments alone."""
 
-import dataclasses
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from plumbing.cli import Settings, UserError
-from plumbing.text import ROOT, normalize_answer
+from plumbing.cli import UserError
+from plumbing.text import normalize_answer
 
 
 def read_jsonl(path: Path, required: Iterable[str] = (), *,
@@ -90,19 +85,23 @@ def whole_batches(path: Path, ids: list[str], batch_size: int) -> list[dict[str,
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file atomically: a killed process leaves the old file or the new one."""
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write to a temporary file, flush it to the disk, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text(lines, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.rename(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write to a temporary file, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    """Replace a file atomically, as `write_jsonl`."""
+    replace_file(path, json.dumps(value, indent=1) + "\n")
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -113,50 +112,12 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a run used, for its config.json: settings, package versions, git commit, hardware."""
-    # Not at the top: it imports torch, and a command without models starts fast.
-    from plumbing.devices import describe_hardware
-
-    git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "bm25s", "numpy"):
-        versions[package] = importlib.metadata.version(package)
-    return {"settings": settings, "versions": versions, "commit": commit or None,
-            "hardware": describe_hardware()}
-
-
-def check_no_run(out: Path, overwrite: bool) -> None:
-    if (out / "config.json").exists() and not overwrite:
-        raise UserError(f"{out} already holds a run: name another folder, or pass --overwrite "
-                        "(or --resume, if offered)")
-
-
-def open_run(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make an empty run folder with its config.json. Raises UserError if `out` holds a run and
-    `overwrite` is False."""
-    check_no_run(out, overwrite)
-    if (out / "config.json").exists():
-        shutil.rmtree(out)
-    write_json(out / "config.json", describe_run(settings))
-
-
-def read_settings(run: Path) -> dict[str, Any]:
-    """The settings in a run's config.json; {} if the folder has none."""
-    path = run / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config.get("settings", {})
-
-
-def check_same_run(out: Path, settings: Settings) -> None:
-    """Raise UserError if `out` holds no run, or one that differs in a fixed setting."""
-    if not (out / "config.json").exists():
-        raise UserError(f"{out} holds no run to resume")
-    before, now = read_settings(out), settings.record()
-    fixed = [f.name for f in dataclasses.fields(settings) if not f.metadata.get("resumable")]
-    if changed := [name for name in fixed if before.get(name) != now[name]]:
-        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}")
+def sha256(path: Path) -> str:
+    """Checksum of a file's contents, in hex. Raises UserError for a missing file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def draw_seed(*parts: object) -> int:

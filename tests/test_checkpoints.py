@@ -20,10 +20,10 @@ from helpers import (BUDGET, TWO_PROCESSES, make_model, one_line, question, read
                      read_metrics)
 
 import train_rl as rl
-from plumbing.checkpoints import (Signals, checkpoint_folder, find_checkpoint, load_checkpoint,
+from plumbing.checkpoints import (Signals, checkpoint_folder, load_checkpoint,
                                   save_checkpoint, set_lines_aside)
 from plumbing.cli import UserError
-from plumbing.files import open_run
+from plumbing.runfolder import RunFolder
 from plumbing.text import ROOT
 
 TRACKER = '''
@@ -248,11 +248,15 @@ def test_a_full_disk_leaves_what_was_there_and_two_are_kept(tmp_path, capsys):
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    s = rl.TrainSettings(data=tmp_path, out=tmp_path / "run")
-    open_run(s.out, s.record(), overwrite=False)
-    assert find_checkpoint(s.out, replace(s, save_every=5, resume=True)) == 0
-    with pytest.raises(UserError, match="other settings: lr$"):
-        find_checkpoint(s.out, replace(s, lr=1e-4, resume=True))
+    (data := tmp_path / "data").write_text("")
+    s = rl.TrainSettings(data=data, out=tmp_path / "run")
+    with RunFolder(s, {}, data=data) as folder:
+        folder.open()
+    with RunFolder(replace(s, save_every=5, resume=True), {}, data=data):
+        pass
+    with pytest.raises(UserError, match="other settings: lr$"), \
+            RunFolder(replace(s, lr=1e-4, resume=True), {}, data=data):
+        pass
 
 
 def test_a_line_cut_short_is_set_aside(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from helpers import make_model, make_tokenizer
 
 from plumbing import devices, models, served
-from plumbing.files import describe_run
+from plumbing.runfolder import describe_run
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_the_arithmetic_is_what_the_machine_multiplies_fast(half_takes, times, d
     if torch.accelerator.is_available():
         dtype = "bfloat16"
     assert devices.compute_dtype() == getattr(torch, dtype)
-    assert describe_run({})["hardware"]["dtype"] == dtype
+    assert describe_run()["hardware"]["dtype"] == dtype
     precision = models.make_accelerator().mixed_precision
     assert precision == {"bfloat16": "bf16", "float32": "no"}[dtype]
 

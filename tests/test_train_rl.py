@@ -389,10 +389,11 @@ def test_a_real_engine_is_made_of_its_options_and_only_if_asked_for(train, monke
     engine = FakeEngine("real document", "second")
     made = plug_engine(monkeypatch, engine)
     assert len(train(out="zero").simulator.calls) == 2 and not made and not engine.requests
-    run = train(engine="bm25", corpus=tmp_path / "own.jsonl", top_k=4)
+    (tmp_path / "corpus.jsonl").write_text("{}")
+    run = train(engine="bm25", corpus=tmp_path / "corpus.jsonl", top_k=4)
     train(engine="http", url="http://there/retrieve", out="http")
     assert [s.engine for s in made] == ["bm25", "http"] and made[0].top_k == 4
-    assert made[0].corpus == tmp_path / "own.jsonl" and made[1].url == "http://there/retrieve"
+    assert made[0].corpus == tmp_path / "corpus.jsonl" and made[1].url == "http://there/retrieve"
     assert len(engine.requests) == 16 and not run.simulator.calls
     assert "1. real document\n2. second" in run.policy.prompts[-1]
 
@@ -651,7 +652,7 @@ def test_the_policy_of_the_best_evaluation_is_kept(train, jsonl, monkeypatch):
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_episodes(train, tmp_path):
     with pytest.raises(UserError, match="step 1: the loss or its gradient is not finite"):
         train(lr=1e30)
-    assert len(read_lines(tmp_path / "run/nonfinite.jsonl")) == 4
+    assert len(read_lines(tmp_path / "run-nonfinite.jsonl")) == 4
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 1
 
 
@@ -765,8 +766,8 @@ def test_empty_gold_and_existing_run_are_refused(capsys, monkeypatch, jsonl, dat
     bad, config = tmp_path / "bad.jsonl", tmp_path / "run/config.json"
     jsonl(bad.name, [question(0), question(1, answers=[])])
     config.parent.mkdir()
-    config.write_text("{}")
+    config.write_text('{"settings": {}}')
     for file, words in ((bad, "bad.jsonl:2"), (data, "--overwrite")):
         arguments = options(file, tiny, config.parent, "--engine", "none")
         assert words in one_line(capsys, monkeypatch, rl, *arguments)
-    assert config.read_text() == "{}"
+    assert json.loads(config.read_text()) == {"settings": {}}
