@@ -29,7 +29,9 @@ from plumbing.text import ROOT
 TRACKER = '''
 import json, os
 def say(x): print(json.dumps(x), file=open(os.environ["TRACKER"], "a"), flush=True)
-config = {}
+class Config(dict):
+    def update(self, values, **options): say(values)
+config = Config()
 class Run:
     def log(self, values, step=None): say([step, values])
     def finish(self): say("finished")
@@ -200,7 +202,8 @@ def test_a_second_signal_ends_at_once():
 
 
 def test_a_tracker_gets_every_metric(world):
-    *lines, last = read_lines(world.folder / "tracked.jsonl")
+    config, *lines, last = read_lines(world.folder / "tracked.jsonl")
+    assert config["steps"] == 10 and config["model"] and config["curriculum"] == "exponential"
     rows = read_lines(world.folder / "whole/metrics.jsonl")
     assert lines == [[row["step"], row] for row in rows] and last == "finished"
     trained = [row for row in rows if row["loss/grad_norm"]]

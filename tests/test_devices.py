@@ -32,8 +32,9 @@ def test_the_arithmetic_is_what_the_machine_multiplies_fast(half_takes, times, d
     assert precision == {"bfloat16": "bf16", "float32": "no"}[dtype]
 
 
-def test_the_sampler_has_the_same_arithmetic(half_takes, tmp_path):
-    half_takes(400)
+@pytest.mark.parametrize("times", [400, 1.5])
+def test_the_sampler_has_the_same_arithmetic(half_takes, tmp_path, times):
+    half_takes(times)
     tokenizer = make_tokenizer()
     models.save_model(make_model(len(tokenizer)), tokenizer, tmp_path / "model")
     generator = served.load_generator(str(tmp_path / "model"), "hf")

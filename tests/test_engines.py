@@ -21,8 +21,8 @@ import evaluate
 import sft_simulator as sim
 import train_rl as rl
 from plumbing.cli import UserError
-from plumbing.engines import (DOCUMENT_CHARACTERS, QUERY_CHARACTERS, BM25Engine, SearchRequest,
-                              SearchResult)
+from plumbing.engines import (DOCUMENT_CHARACTERS, ENGINES, QUERY_CHARACTERS, BM25Engine,
+                              SearchRequest, SearchResult)
 from plumbing.files import append_jsonl
 from plumbing.metrics import rollout_metrics
 from plumbing.remote import RetryPolicy, in_threads
@@ -115,14 +115,14 @@ print(json.dumps([len(rows), found, (peak[1] - peak[0]) / 1024, *numpy.diff(cloc
 
 @pytest.mark.skipif("QA_DATA" not in os.environ, reason="QA_DATA names no folder with passages")
 def test_bm25_on_74002_wikipedia_passages(tmp_path):
-    """Index built in under 10 s and 500 MiB more memory, over 400 single queries a second, an
-    answer in the top 5 for >= 305 of 467. Seconds are of the process, which has one thread."""
+    """An answer in the top 5 for >= 305 of 467; the index built in 500 MiB more memory. Of the
+    process's seconds loading it and single queries take less than a tenth each of the building."""
     measure = [sys.executable, "-c", MEASURE, os.environ["QA_DATA"], str(tmp_path)]
     done = subprocess.run(measure, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     n, found, memory, built, loaded, searched = json.loads(done.stdout.splitlines()[-1])
     assert n == 467 and found >= 305, found
-    assert built < 10 and memory < 500 and n / searched > 400 and loaded < built, done.stdout
+    assert memory < 500 and max(loaded, searched) < built / 10, done.stdout
 
 
 def test_the_corpus_of_the_demo_answers(run_script):
@@ -214,7 +214,7 @@ def test_serpapi_gives_title_and_snippet_and_the_key_goes_nowhere(serve, serpapi
     assert result.documents == ["Lima - Wikipedia: The capital of Peru.", "Peru: A country."]
     path, parameters, _ = server.calls[0]
     assert path.startswith("/search.json?")
-    assert parameters["q"] == "capital of Peru" and parameters["api_key"] == KEY
+    assert parameters == {"engine": "google", "q": "capital of Peru", "num": "2", "api_key": KEY}
     assert ask(serpapi(server)) == result and len(server.calls) == 1
     assert KEY not in caplog.text
     kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
@@ -366,6 +366,14 @@ def test_an_engine_that_lacks_something_is_refused_at_once(monkeypatch, module, 
                            (["--engine", "serpapi"], "SERPAPI_API_KEY")):
         with pytest.raises(UserError, match=words):
             command(module, *arguments, *options)
+
+
+@pytest.mark.parametrize("name", ["bm25", "http", "serpapi"])
+def test_top_k_reaches_every_engine(monkeypatch, jsonl, name):
+    monkeypatch.setenv("SERPAPI_API_KEY", KEY)
+    s = sim.SearchSettings(engine=name, corpus=jsonl("c.jsonl", corpus_rows()), url="http://x:1",
+                           top_k=4)
+    assert ENGINES[name].make(s).k == 4
 
 
 def test_search_asks_a_retrieval_server(serve, capsys):

@@ -67,8 +67,8 @@ def test_second_turn_reuses_the_cache_and_changes_nothing(generator, tokenizer):
 def test_a_row_depends_on_its_seed_alone(generator, tokenizer):
     prompts = [encode(tokenizer, "same") for _ in range(4)]
     a = generator.generate(prompts, Sampling(8, 1.0), [1, 2, 3, 1])
-    b = generator.generate(prompts[:2], Sampling(8, 1.0), [3, 1])
-    assert a[0].ids == a[3].ids == b[1].ids and a[2].ids == b[0].ids
+    b = generator.generate([encode(tokenizer, "longer"), *prompts[:2]], Sampling(8, 1.0), [9, 3, 1])
+    assert a[0].ids == a[3].ids == b[2].ids and a[2].ids == b[1].ids
     assert a[0].ids != a[1].ids
 
 

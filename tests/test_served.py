@@ -107,11 +107,14 @@ def test_a_served_simulator(serve, tiny, tokenizer, tmp_path):
     assert simulator_tuning(f"{server.url}/v1") == {}
 
 
-def test_the_key_of_a_server_is_sent_and_never_shown(serve, monkeypatch):
+def test_the_key_of_a_server_is_sent_and_never_shown(serve, monkeypatch, tiny, tokenizer):
     key = "0123456789abcdefSECRET"
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    server = serve(lambda handler, body: handler.reply(
+    sound, refusing = serve(vllm(tiny, tokenizer)), serve(lambda handler, body: handler.reply(
         {"error": f"who is {handler.headers['Authorization']}?"}, 401))
+    load_generator(f"{sound.url}/v1").generate([[5]], Sampling(9), [0])
     with pytest.raises(OutsideError, match="who is") as error:
-        load_generator(f"{server.url}/v1")
-    assert server.calls[0][2]["Authorization"] == f"Bearer {key}" and key not in str(error.value)
+        load_generator(f"{refusing.url}/v1")
+    assert key not in str(error.value) and len(sound.calls) >= 2
+    for *_, headers in sound.calls + refusing.calls:
+        assert headers["Authorization"] == f"Bearer {key}"

@@ -1,11 +1,11 @@
 """Text: normalising, containment, neutralising outside text, templates."""
 
 import pytest
-from helpers import HOSTILE
+from helpers import HOSTILE, make_tokenizer
 
 from plumbing.cli import UserError
 from plumbing.text import (CONTROL_TAG, contains_answer, encode, fill, load_prompts, neutralize,
-                           normalize_answer)
+                           normalize_answer, prompt_ids)
 
 
 def test_normalisation_is_squads():
@@ -36,6 +36,15 @@ def test_harmless_text_is_left_alone(tokenizer):
 def test_prompt_values_are_filled_once():
     template = "Q: {question} A: {answer}"
     assert fill(template, question="{answer}", answer="42") == "Q: {answer} A: 42"
+
+
+def test_a_prompt_without_a_chat_template():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, tokenizer.bos_token = None, "<|im_start|>"
+    text = tokenizer.decode(prompt_ids(tokenizer, "be brief", "who?", start="It is"))
+    assert text == "<|im_start|>be brief\n\nwho?\n\nIt is"
+    tokenizer.bos_token = None
+    assert tokenizer.decode(prompt_ids(tokenizer, "", "who?")) == "who?\n\n"
 
 
 def test_a_prompts_file_rewords_and_refuses_unknown_names(tmp_path):

@@ -41,6 +41,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -49,6 +50,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import (BUDGET, HOSTILE, LIMITS, PROMPTS, TWO_PROCESSES, FakeEngine, FakeGenerator,
                      command, make_model, one_line, play, plug_engine, plug_generators, question,
                      read_lines, read_metrics)
@@ -59,7 +61,7 @@ from plumbing import models, served
 from plumbing.cli import UserError
 from plumbing.files import draw_seed
 from plumbing.generate import Generation, Sampling
-from plumbing.metrics import rollout_metrics
+from plumbing.metrics import collapse_warning, rollout_metrics
 from plumbing.text import ROOT, encode
 
 
@@ -94,6 +96,7 @@ def test_sampled_ids_are_trained_as_they_are(tokenizer):
     episode = rl.new_episode(question(), 0, tokenizer, PROMPTS)
     rl.rollout([episode], rl.Setup(generator, None, PROMPTS, LIMITS))
     assert episode.ids[episode.prompt_tokens :] == ids
+    assert episode.turns[0].text == "<|im_end|><answer>Li<|endoftext|>ma</answer>"
     for mask in (episode.mask, episode.trained_mask(True)):
         assert mask[episode.prompt_tokens :] == [1] * len(ids)
 
@@ -102,12 +105,15 @@ def test_only_the_policys_own_text_is_parsed(tokenizer):
     """A question and a document hold an answer, the policy gives none: no answer, reward 0."""
     row = question(answers=["Beijing"]) | {"question": "Is it <answer> Beijing </answer>?"}
     episode = rl.new_episode(row, 0, tokenizer, PROMPTS)
-    assert "<answer>" in tokenizer.decode(episode.ids)  # the template names the tag
+    prompt = tokenizer.decode(episode.ids)
+    assert "<answer>" in prompt and "(answer) Beijing (/answer)?" in prompt  # the template's own
     generator = FakeGenerator(tokenizer, ["<search>a</search>"] * 3)
     engine = FakeEngine("It is <answer> Beijing </answer>.")
     rl.rollout([episode], rl.Setup(generator, engine, PROMPTS, LIMITS))
     rl.score(episode)
     assert episode.answer is None and episode.reward == episode.scores["answered"] == 0
+    (empty,), _, _ = play(tokenizer, ["<answer></answer>"])
+    assert empty.answer == "" and empty.scores["answered"] == 1
 
 
 def test_the_last_turn_pays_for_no_search(tokenizer):
@@ -203,6 +209,8 @@ def test_schedule_command(capsys):
     assert p == pytest.approx([(4 ** (i / 4) - 1) / 3 * 0.4 for i in range(5)])
     command(rl, "schedule", "--steps", 5, "--p-end", 0.4)
     assert "p 0.4000" in capsys.readouterr().out
+    command(rl, "schedule", "--steps", 2, "--curriculum", "constant", "--json")
+    assert json.loads(capsys.readouterr().out) == [0.5, 0.5]
 
 
 ALIASES = ("Lima", "City of Kings")
@@ -476,6 +484,8 @@ def test_every_draw_has_its_own_seed(train):
     seeds = [sorted(made.policy.seeds + made.simulator.seeds) for made in (run, again, other)]
     assert seeds[0] == seeds[1] and not set(seeds[0]) & set(seeds[2])
     assert again.episodes == run.episodes and qualities(other) != qualities(run)
+    assert {len(call.prompts) for call in again.policy.calls} == {1}  # a thread an episode
+    assert torch.initial_seed() == 1  # torch's own draws start there too
 
 
 def test_every_epoch_asks_every_question_once_in_a_new_order(train):
@@ -505,6 +515,9 @@ def test_rewards_are_the_chosen_ones(train):
         assert all(e["reward"] == e["scores"][reward] for e in run.episodes)
         assert run.metrics[0]["reward/mean"] == run.metrics[0][f"reward/{reward}"]
         assert run.metrics[0]["reward/em"] < run.metrics[0]["reward/f1"]
+        groups = [{e["reward"] for e in run.episodes[i : i + 4]} for i in (0, 4)]
+        equal = sum(len(found) == 1 for found in groups) / 2
+        assert run.metrics[0]["reward/zero_variance_groups"] == equal
 
 
 @pytest.mark.parametrize("more", [{}, {"epochs": 2}, {"algorithm": "ppo"}], ids=str)
@@ -522,9 +535,11 @@ def test_log_probs_are_scored_at_the_temperature_of_the_rollouts(train, more):
 
 def test_old_log_probs_are_those_of_the_sampling_policy_in_every_epoch(train):
     """A large step takes the second epoch's ratios out of the clip; the first epoch's are 1."""
-    run = train(epochs=2, lr=0.3, steps=1)
+    run, one = (train(epochs=n, lr=0.3, steps=1, out=f"{n}") for n in (2, 1))
     assert len(run.optimizers[0].gradients) == 2 and run.metrics[0]["loss/clip_fraction"] > 0.1
-    assert train(epochs=1, lr=0.3, steps=1, out="one").metrics[0]["loss/clip_fraction"] == 0
+    assert one.metrics[0]["loss/clip_fraction"] == 0
+    changed = {"loss/policy", "loss/clip_fraction", "loss/grad_norm"}  # are of the last epoch
+    assert {name for name, x in one.metrics[0].items() if run.metrics[0][name] != x} == changed
 
 
 def test_the_reference_stays_the_start_model(train):
@@ -540,8 +555,9 @@ def test_the_reference_stays_the_start_model(train):
 
 def test_the_critic_is_its_own_model_at_its_own_rate(train, tmp_path, tokenizer):
     make_model(len(tokenizer), seed=5).save_pretrained(tmp_path / "critic")
-    run = train(algorithm="ppo", critic_lr=0.07, critic=tmp_path / "critic")
+    run = train(algorithm="ppo", critic_lr=0.07, critic=tmp_path / "critic", kl_coef=1e-9)
     policy, critic = run.optimizers
+    assert run.metrics[0]["loss/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the policy's
     assert policy.lrs == [0.01] * 2 and critic.lrs == [0.07] * 2
     assert {optimizer.options["weight_decay"] for optimizer in run.optimizers} == {0.0}
     same = train(algorithm="ppo", out="same", critic_lr=0.07)
@@ -569,14 +585,19 @@ def test_an_option_of_the_update_changes_the_update(train, base, changes):
 
 
 def test_gradient_checkpointing_and_micro_batches_change_no_weight(train):
+    """Per step two passes of the critic, three of the policy, one of them through its reference;
+    the layers of a pass that learns, one of each, are computed twice."""
     calls, counts, weights = [], [], []
     hook = torch.nn.modules.module.register_module_forward_pre_hook
     with hook(lambda module, args: calls.append(type(module).__name__)):
         for more in ({}, {"flags": ["--gradient-checkpointing"]}, {"batch_tokens": 300}):
             calls.clear()
-            weights.append(train(out=f"{len(counts)}", **more).policy.weights[-1])
-            counts.append(calls.count("LlamaMLP"))
-    assert counts[1] > counts[0] < counts[2]
+            run = train(out=f"{len(counts)}", algorithm="ppo", kl_coef=1e-9, **more)
+            weights.append(run.policy.weights[-1])
+            counts.append([calls.count(name) for name in ("Critic", "TokenScorer", "LlamaMLP")])
+    critic, policy, layers = counts[2]
+    assert counts[:2] == [[4, 6, 20], [4, 6, 28]]
+    assert critic * 3 == policy * 2 == layers * 3 / 5 > 12
     for name, weight in weights[0].items():
         assert all(torch.allclose(other[name], weight, atol=1e-6) for other in weights[1:]), name
 
@@ -587,6 +608,14 @@ def test_the_config_holds_what_was_used(train):
     expected = {"simulator_words": 17, "p_end": 0.4, "scale_rewards": False, "algorithm": "grpo",
                 "model": str(run.start), "lr": 0.01, "top_k": 2, "seed": 0}
     assert expected.items() <= settings.items()
+
+
+def test_the_peak_is_that_of_all_processes_which_share_the_questions(train, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    row = train().all[0]
+    assert row["rate/mfu"] == pytest.approx(row["rate/update_tflops"] / 2)
+    with pytest.raises(UserError, match="--prompts-per-step can't be divided over 2 processes"):
+        train(prompts_per_step=3, out="odd")
 
 
 def test_rates_are_those_of_the_logged_figures(train):
@@ -601,12 +630,18 @@ def test_rates_are_those_of_the_logged_figures(train):
 
 def test_failed_searches_are_counted_over_the_whole_run(train, monkeypatch):
     plug_engine(monkeypatch, FakeEngine("d", error=lambda r: "broken" if "0" in r.query else None))
-    run = train(engine="bm25", failed_searches=4, prompts_per_step=4)
-    assert [row["search/failed"] for row in run.metrics] == [2, 2]
+    options = {"engine": "bm25", "prompts_per_step": 4, "steps": 3, "save_every": 1}
+    run = train(failed_searches=6, **options)
+    assert [row["search/failed"] for row in run.metrics] == [2, 2, 2]
     assert [e["scores"] == {} for e in run.episodes] == [e["end"] == "failed" for e in run.episodes]
-    with pytest.raises(UserError, match="4 searches failed .--failed-searches allows 3.: broken"):
-        train(engine="bm25", failed_searches=3, prompts_per_step=4, out="fewer")
-    assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 1  # in the second step
+    first = [e for e in run.episodes[:8] if e["scores"]]  # the failed ones are in no mean
+    groups = [{e["reward"] for e in first[i : i + 2]} for i in (0, 2, 4)]
+    assert run.metrics[0]["reward/mean"] == sum(e["reward"] for e in first) / 6 > 0
+    assert run.metrics[0]["reward/zero_variance_groups"] == sum(len(g) == 1 for g in groups) / 3
+    for flags in ([], ["--resume"]):  # in the third step
+        with pytest.raises(UserError, match="6 searches failed .--failed-searches allows 5.: bro"):
+            train(failed_searches=5, out="fewer", flags=flags, **options)
+        assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 2
 
 
 HELD_OUT = [question(7, ALIASES), question(8, ("Oslo",)), question(9, ("Lima",))]
@@ -673,16 +708,27 @@ def test_a_checkpoint_is_flushed_before_it_has_its_name(train, monkeypatch):
     for path in folder.rglob("*"):
         assert ("fsync", written / path.relative_to(folder)) in events[:place]
     assert ("fsync", written) in events[:place] and events[place + 1] == ("fsync", folder.parent)
+    for name in ("metrics.jsonl", "episodes.jsonl"):  # and so are the lines of its steps
+        assert ("fsync", folder.parents[1] / name) in events[:place]
 
 
-def test_a_resumed_run_samples_with_the_checkpoints_weights(train):
+def test_a_resumed_run_samples_with_the_checkpoints_weights(train, capsys):
     whole = train(steps=3, save_every=1)
     again = train(steps=3, save_every=1, flags=["--resume"])
+    saved = re.findall(r"saved \$(\S+)", capsys.readouterr().err)  # 12 searches at $275 / 30,000
+    assert saved == ["0.11", "0.11"]
     assert again.policy.events[0] == "load" and len(again.policy.calls) == 2
     for name, weight in again.policy.weights[0].items():
         assert torch.equal(weight, whole.policy.weights[1][name])
     assert again.metrics == whole.metrics and again.episodes == whole.episodes
     assert again.policy.seeds == whole.policy.seeds[-len(again.policy.seeds) :]
+
+    def stop(prompt, seed):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    train(stop, steps=3, save_every=1, flags=["--resume"])
+    assert "stopped after 2 steps" in " ".join(capsys.readouterr().err.split())
+    assert len(train(steps=2, flags=["--overwrite"]).metrics) == 2  # begun anew
 
 
 def options(data, model, out, *extra):
@@ -708,7 +754,9 @@ def test_ppo_runs_in_bfloat16(data, policy, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "compute_dtype", lambda: torch.bfloat16)
     command(rl, *options(data, policy, tmp_path / "run", "--engine", "none", "--algorithm", "ppo",
                          "--epochs", 2))
-    assert all(math.isfinite(v) for row in read_metrics(tmp_path / "run") for v in row.values())
+    first, second = read_metrics(tmp_path / "run")
+    assert all(map(math.isfinite, [*first.values(), *second.values()]))
+    assert first["loss/kl"] == 0 < second["loss/kl"]  # the reference has the policy's arithmetic
 
 
 def test_two_processes_make_the_same_step_as_one(data, policy, tmp_path):
@@ -729,6 +777,9 @@ def test_nothing_to_learn_is_warned_of_and_no_error(train, capsys):
     """No episode answers, no KL is paid for: no group has variance, and the step counts."""
     run = train(lambda prompt, seed: "hm")
     assert "step 0: almost no episode answers" in " ".join(capsys.readouterr().err.split())
+    sure = {"reward/answered": 1, "loss/entropy": 0.004, "tokens/trained": 2}
+    assert "entropy is almost 0" in collapse_warning(sure)
+    assert not collapse_warning(sure | {"loss/entropy": 0.006})
     assert run.metrics[0]["reward/zero_variance_groups"] == 1
     assert run.metrics[0]["loss/grad_norm"] == run.metrics[0]["loss/policy"] == 0
     start = dict(load(run.start).named_parameters())

@@ -151,7 +151,8 @@ def slow_advantages(s, episodes, groups, kl, values):
 
 
 def slow_step(s, episodes, policy, reference, critic):
-    """The gradients of policy and critic that a step should take: no batch, padding or mask."""
+    """The gradients of policy and critic that a step should take, and what is logged of the
+    critic: no batch, padding or mask."""
     def places(e):
         return [t for t in range(e.prompt_tokens, len(e.ids)) if e.mask[t] or not s.mask_documents]
 
@@ -182,7 +183,12 @@ def slow_step(s, episodes, policy, reference, critic):
         value_loss.backward()
     slow = [torch.cat([p.grad.flatten() for p in model.parameters()])
             for model in (policy, critic)[: 1 + bool(returns)]]
-    return [g / max(1.0, g.norm().item()) for g in slow]  # the update clips each norm at 1
+    figures, flat = {}, [sum(rows, []) for rows in (returns, values)]
+    if returns:
+        unexplained = statistics.variance([a - b for a, b in zip(*flat)])
+        figures = {"loss/value": value_loss.item(), "loss/explained_variance":
+                   1 - unexplained / statistics.variance(flat[0])}
+    return [g / max(1.0, g.norm().item()) for g in slow], figures  # each norm is clipped at 1
 
 
 @pytest.mark.parametrize("changes", [
@@ -197,11 +203,14 @@ def test_a_whole_step_equals_a_slow_one(changes, seed):
     """Every trained token weighs the same, and gets what the algorithm's equation gives it."""
     episodes, s = saved_episodes(seed, count=6), settings(**changes)
     fast, critic = gradient(episodes, keep_critic=True, batch_tokens=40, **changes)
-    slow = slow_step(s, episodes, exact_model(3), exact_model(4), make_critic(torch.float64))
+    slow, figures = slow_step(s, episodes, exact_model(3), exact_model(4),
+                              make_critic(torch.float64))
     assert relative(fast, slow[0]) < 1e-6 and fast.norm() > 1e-3
     assert (critic is None) == (len(slow) == 1)
     if critic is not None:
         assert relative(critic, slow[1]) < 1e-6
+        metrics = gradient(episodes, **changes)[1]
+        assert {name: metrics[name] for name in figures} == pytest.approx(figures, rel=1e-4)
 
 
 def test_groups_without_variance_are_skipped():
