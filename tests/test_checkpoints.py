@@ -205,7 +205,10 @@ def test_a_tracker_gets_every_metric(world):
     config, *lines, last = read_lines(world.folder / "tracked.jsonl")
     assert config["steps"] == 10 and config["model"] and config["curriculum"] == "exponential"
     rows = read_lines(world.folder / "whole/metrics.jsonl")
-    assert lines == [[row["step"], row] for row in rows] and last == "finished"
+    held_out = [line for line in lines if "eval/n" in line[1]]
+    assert [line for line in lines if line not in held_out] == [[row["step"], row] for row in rows]
+    evaluations = read_lines(world.folder / "whole/eval.jsonl")
+    assert held_out == [[row["step"], row] for row in evaluations] and last == "finished"
     trained = [row for row in rows if row["loss/grad_norm"]]
     assert all(row["rate/mfu"] > 0 and row["rate/update_tokens"] > 0 for row in trained)
 
