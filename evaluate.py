@@ -6,6 +6,7 @@
     compare  two runs on the same questions: paired difference, interval, p-value
     table    runs beside the rows of the paper's tables
     report   figures and tables of training runs and evaluations, on one page
+    show     recorded episodes as text: by question, by step, the worst, what changed between runs
     ask      one question, live: what the model thinks, searches, reads and answers
 
 A method is a function from questions to episodes. They are the same records as in training, so
@@ -44,11 +45,13 @@ import costs
 from plumbing.cli import (UserError, argument, command, console, leave, make_app, markdown_table,
                           option, print_table, progress_bar, run_cli)
 from plumbing.engines import ENGINES, SearchRequest, SearchResult, check_failures
+from plumbing.episodes import changed, episode_text, read_episodes, select
 from plumbing.files import (append_jsonl, draw_seed, read_jsonl, read_predictions, read_questions,
                             whole_batches, write_json, write_jsonl)
 from plumbing.generate import Sampling
-from plumbing.page import (Aloud, cost_section, difference_sentence, evaluation_section,
-                           time_section, training_section)
+from plumbing.page import (Aloud, coloured, cost_section, difference_sentence, episodes_section,
+                           evaluation_section, read_held_out, simulator_section, time_section,
+                           training_section)
 from plumbing.runfolder import FolderSettings, RunFolder, begun
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, cover_em, encode, exact_match, f1_score, fill, load_prompts,
@@ -620,8 +623,12 @@ def report(
     parts = ["# Report"]
     if evaluations:
         parts += evaluation_section(evaluations, paired_sentence(evaluations, names), out)
+        parts += episodes_section([names[name] for name, r in evaluations.items()
+                                   if r["method"] == "agent"])
     if trainings:
-        parts += training_section(trainings, out)
+        folders = {name: names[name] for name in trainings}
+        parts += training_section(trainings, read_held_out(folders), out)
+        parts += simulator_section(folders)
         parts += cost_section(*run_bills({name: names[name] for name in trainings}), out)
     parts += time_section(seconds, out / "seconds.txt")
     parts += [f"Made by `{shlex.join(['python', 'evaluate.py', *sys.argv[1:]])}`."]
@@ -665,7 +672,32 @@ def run_bills(runs: dict[str, Path]) -> tuple[dict[str, dict], list[str]]:
     return bills, notes
 
 
-# ---------------------------------------------------------------- ask
+# ---------------------------------------------------------------- show, ask
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="Run folder, or a file of episodes or predictions.")],
+    other: Annotated[Path | None, typer.Argument(
+        help="A later run: questions on which the two differ, the greatest losses first.")] = None,
+    id: Annotated[str | None, typer.Option(help="Episodes of this question alone.")] = None,
+    step: Annotated[int | None, typer.Option(help="Episodes of this training step alone.")] = None,
+    worst: Annotated[bool, typer.Option("--worst", help="Those of least reward first.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+) -> None:
+    """Print recorded episodes: what the policy wrote, the documents it read, the outcome."""
+    found = [select(read_episodes(path), id=id, step=step, worst=worst)
+             for path in (run, other) if path]
+    texts = [[episode_text(record)] for record in found[0]]
+    if other:
+        texts = [["before:", episode_text(a), "after:", episode_text(b)]
+                 for a, b in changed(*found)]
+    if not texts:
+        raise UserError(f"{run}: no episode to show")
+    for number, parts in enumerate(texts[:limit], start=1):
+        for text in [f"\n-------- {number} of {len(texts)}", *parts]:
+            Console(highlight=False).print(coloured(text), soft_wrap=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AskSettings(SearchSettings, EpisodeSettings):

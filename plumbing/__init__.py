@@ -2,4 +2,4 @@
 
 A module imports only those before it: cli, devices, text, files, runfolder, remote, models,
 attention, scorer, generate, served, engines, web, ranks, rates, metrics, checkpoints, report,
-page."""
+episodes, page."""

@@ -10,8 +10,11 @@ from rich.text import Text
 
 from plumbing.cli import markdown_table
 from plumbing.engines import SearchEngine, SearchRequest, SearchResult
+from plumbing.episodes import episode_text, read_episodes, simulated_samples, telling_pairs
+from plumbing.files import read_jsonl
 from plumbing.generate import Generation, Generator, Sampling
-from plumbing.report import draw_costs, draw_em, draw_training, with_interval
+from plumbing.report import draw_costs, draw_em, draw_hops, draw_training, with_interval
+from plumbing.runfolder import is_run, read_config
 from plumbing.text import neutralize
 
 
@@ -36,7 +39,13 @@ def evaluation_section(evaluations: dict[str, dict], difference: str | None,
                 for name, found in parted.items()]
         parts.append(markdown_table(["EM, %, by number of hops", *hops], rows))
     draw_em(evaluations, out / "em.png")
-    return [*parts, *([difference] if difference else []), "![Exact match by method](em.png)"]
+    parts += [*([difference] if difference else []), "![Exact match by method](em.png)"]
+    agents = {name: by_hops for name, by_hops in parted.items()
+              if evaluations[name]["method"] == "agent"}
+    if agents and all("searches" in part for found in agents.values() for part in found.values()):
+        draw_hops(agents, out / "hops.png")
+        parts.append("![Exact match and searches by number of hops](hops.png)")
+    return parts
 
 
 def difference_sentence(a: str, b: str, result: dict) -> str:
@@ -49,8 +58,45 @@ def difference_sentence(a: str, b: str, result: dict) -> str:
             f"({f1['low']:+.1f} to {f1['high']:+.1f}).")
 
 
-def training_section(trainings: dict[str, list[dict]], out: Path) -> list[str]:
-    """First and last tenth of each training run, and the curves. trainings: steps by run."""
+def episodes_section(agents: list[Path]) -> list[str]:
+    """Whole episodes of the same questions in two runs, one of them a failure if there is any.
+
+    agents: folders of evaluations; if they are not two, with their predictions: no section."""
+    if len(agents) != 2 or not all((run / "predictions.jsonl").exists() for run in agents):
+        return []
+    parts = []
+    for kind, pair in telling_pairs(*map(read_episodes, agents)).items():
+        texts = [f"{when}:\n\n```\n{episode_text(record)}\n```"
+                 for when, record in zip(("Before", "After"), pair)]
+        parts += [f"### {kind}", *texts]
+    return ["## The same questions, before and after", *parts] if parts else []
+
+
+def simulator_section(runs: dict[str, Path]) -> list[str]:
+    """What the simulators of training runs wrote, asked for useful and for noisy documents."""
+    parts = []
+    for name, run in runs.items():
+        engine = read_config(run)["settings"].get("engine") if is_run(run) else None
+        if engine != "simulator" or not (run / "episodes.jsonl").exists():
+            continue
+        for quality, samples in simulated_samples(read_episodes(run)).items():
+            if samples:
+                text = "\n\n".join(samples)
+                parts.append(f"{name}, asked for {quality} documents:\n\n```\n{text}\n```")
+    return ["## What the simulator wrote", *parts] if parts else []
+
+
+def read_held_out(runs: dict[str, Path]) -> dict[str, list[dict]]:
+    """Lines of eval.jsonl by training run, of those that have evaluated."""
+    files = {name: run / "eval.jsonl" for name, run in runs.items()}
+    return {name: read_jsonl(file, ("step",)) for name, file in files.items() if file.exists()}
+
+
+def training_section(trainings: dict[str, list[dict]], held_out: dict[str, list[dict]],
+                     out: Path) -> list[str]:
+    """First and last tenth of each training run, and the curves.
+
+    trainings, held_out: lines of metrics.jsonl and of eval.jsonl by run."""
     rows = []
     for name, steps in trainings.items():
         tenth = max(1, len(steps) // 10)
@@ -59,9 +105,12 @@ def training_section(trainings: dict[str, list[dict]], out: Path) -> list[str]:
             parts = (steps[:tenth], steps[-tenth:])
             first, last = (np.mean([step[key] for step in part]) for part in parts)
             rows[-1].append(f"{first:.2f} to {last:.2f}")
-    draw_training(trainings, out / "training.png")
-    header = ["run", "steps", "reward", "searches an episode", "noise p"]
-    return ["## Training", "From the mean over the first tenth of the steps to that over the last.",
+        curve = [line["eval/reward"] for line in held_out.get(name, [])]
+        rows[-1].append(f"{curve[0]:.2f} to {curve[-1]:.2f}" if curve else "-")
+    draw_training(trainings, held_out, out / "training.png")
+    header = ["run", "steps", "reward", "searches an episode", "noise p", "held-out reward"]
+    return ["## Training", "From the mean over the first tenth of the steps to that over the last; "
+            "the held-out reward (greedy, no noise) before the first step and after the last.",
             markdown_table(header, rows), "![Reward, searches and noise over steps](training.png)"]
 
 
@@ -92,6 +141,15 @@ def time_section(seconds: dict[str, float], written: Path) -> list[str]:
 SEGMENTS = {"think": "dim", "search": "bold cyan", "answer": "bold green"}
 
 
+def coloured(text: str) -> Text:
+    """A text with the policy's blocks in their colours, documents (indented lines) in yellow."""
+    shown = Text(text)
+    for tag, style in SEGMENTS.items():
+        shown.highlight_regex(re.compile(rf"<{tag}>.*?(</{tag}>|$)", re.DOTALL), style)
+    shown.highlight_regex(re.compile(r"^    \d+\. .*$", re.M), "yellow")
+    return shown
+
+
 class Aloud:
     """A generator and an engine that print all that passes through them."""
 
@@ -104,10 +162,8 @@ class Aloud:
                  seeds: list[int]) -> list[Generation]:
         generations = self.generator.generate(prompts, sampling, seeds)
         for generation in generations:
-            text = Text(self.tokenizer.decode(generation.ids, skip_special_tokens=True).strip())
-            for tag, style in SEGMENTS.items():
-                text.highlight_regex(re.compile(rf"<{tag}>.*?(</{tag}>|$)", re.DOTALL), style)
-            Console().print(text)
+            text = self.tokenizer.decode(generation.ids, skip_special_tokens=True).strip()
+            Console().print(coloured(text))
         return generations
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:

@@ -44,13 +44,16 @@ def horizontal_bars(ax, labels: list[str], title: str) -> None:
     ax.grid(axis="x")
 
 
-def draw_training(trainings: dict[str, list[dict]], path: Path) -> None:
+def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dict]],
+                  path: Path) -> None:
     """Reward, searches and noise by step: points, and a moving mean over 1/20 of the run (min. 3).
+    A last panel has the held-out reward, if there is any.
 
-    trainings: name -> lines of metrics.jsonl."""
+    trainings, held_out: name -> lines of metrics.jsonl and of eval.jsonl."""
     from matplotlib.ticker import MaxNLocator
 
-    fig, axes = panels(3, [3.0, 1.9, 1.7], sharex=True)
+    heights = [3.0, 1.9, 1.7] + [2.2] * bool(held_out)
+    fig, axes = panels(len(heights), heights, sharex=True)
     for (name, steps), colour in zip(trainings.items(), cycle(COLOURS)):
         x = [step["step"] for step in steps]
         kernel = np.ones(min(len(x), max(3, len(x) // 20)))
@@ -61,14 +64,17 @@ def draw_training(trainings: dict[str, list[dict]], path: Path) -> None:
             label = name if key == "reward/mean" else None
             ax.plot(x, smooth, color=colour, linewidth=2, label=label)
         axes[2].plot(x, [step["noise/p"] for step in steps], color=colour, linewidth=2)
-    titles = ("Training reward", "Searches", "Curriculum: share of searches answered with noise")
-    labels = ("mean reward, 0 to 1", "per episode", "probability p")
+        if curve := held_out.get(name):
+            done, rewards = ([line[key] for line in curve] for key in ("step", "eval/reward"))
+            axes[3].plot(done, rewards, "o-", color=colour, linewidth=2, markersize=5)
+    titles = ("Training reward", "Searches", "Curriculum: share of searches answered with noise",
+              "Held-out questions, greedy, without noise")
+    labels = ("mean reward, 0 to 1", "per episode", "probability p", "mean reward")
     for ax, title, label in zip(axes, titles, labels):
         ax.set(title=title, ylabel=label, ylim=(0, 1.1 * max(ax.get_ylim()[1], 0.1)))
         ax.grid(axis="y")
-    axes[0].set_ylim(0, 1)
-    axes[2].set_xlabel("step")
-    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     fig.legend(loc="outside lower center", ncols=3)
     save_figure(fig, path)
 
@@ -96,6 +102,34 @@ def draw_em(evaluations: dict[str, dict], path: Path) -> None:
         horizontal_bars(ax, labels, f"{benchmark}, {counts} questions")
         ax.set_xlim(0, 100)
     axes[-1].set_xlabel("exact match, %, with 95 % bootstrap interval")
+    save_figure(fig, path)
+
+
+def draw_hops(agents: dict[str, dict], path: Path) -> None:
+    """EM and searches by number of hops, the runs side by side, with 95 % intervals.
+
+    agents: name -> by_hops of results.json."""
+    fig, axes = panels(2, [2.6, 2.2], sharex=True)
+    hops = sorted({hop for found in agents.values() for hop in found})
+    width = 0.8 / len(agents)
+    for number, ((name, found), colour) in enumerate(zip(agents.items(), cycle(COLOURS))):
+        places = [place - 0.4 + width * (number + 0.5) for place, hop in enumerate(hops)
+                  if hop in found]
+        for ax, metric in zip(axes, ("em", "searches")):
+            scores = [found[hop][metric] for hop in hops if hop in found]
+            means = [m["mean"] for m in scores]
+            errors = [[m["mean"] - m["low"] for m in scores],
+                      [m["high"] - m["mean"] for m in scores]]
+            ax.bar(places, means, width=0.94 * width, color=colour, yerr=errors,
+                   error_kw={"capsize": 3}, label=name if metric == "em" else None)
+    counts = [max(found[hop]["n"] for found in agents.values() if hop in found) for hop in hops]
+    axes[0].set(title="Exact match, %", ylim=(0, 100))
+    axes[1].set(title="Searches a question", ylim=(0, None))
+    axes[1].set_xticks(range(len(hops)), [f"{hop} hop{'s' * (hop != '1')} (n = {n})"
+                                          for hop, n in zip(hops, counts)])
+    for ax in axes:
+        ax.grid(axis="y")
+    fig.legend(loc="outside lower center", ncols=3)
     save_figure(fig, path)
 
 

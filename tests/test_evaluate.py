@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -472,6 +473,13 @@ def evaluation(folder, **more):
     return folder
 
 
+SEARCHED = question(7, ["Lima"]) | {
+    "answer": "Lima", "reward": 1.0, "turns": [
+        {"text": "<think> t </think>\n<search> capital of Peru </search>", "action": "search",
+         "query": "capital of Peru", "quality": "useful", "documents": ["Lima is it.", "Not me."]},
+        {"text": "<answer> Lima </answer>", "action": "answer"}]}
+
+
 def table_rows(capsys, *arguments):
     """Cells of the Markdown that `table` prints, by the first of each row."""
     command(evaluate, "table", *arguments, "--markdown")
@@ -514,13 +522,15 @@ def test_a_row_of_the_paper_is_named(tmp_path, capsys, row, avg):
 
 def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
     from matplotlib.axes import Axes
-    drawn = {"barh": [], "plot": []}
+    drawn = {"barh": [], "bar": [], "plot": []}
     for name, calls in drawn.items():
-        def record(ax, x, y, *args, calls=calls, draw=getattr(Axes, name), **more):
-            calls.append((x, y, more.get("xerr")))
-            return draw(ax, x, y, *args, **more)
+        def record(ax, *args, calls=calls, draw=getattr(Axes, name), **more):
+            if args:  # Matplotlib's own barh calls bar by keywords
+                calls.append((*args[:2], more.get("xerr") or more.get("yerr")))
+            return draw(ax, *args, **more)
         monkeypatch.setattr(Axes, name, record)
-    hops = {str(n): {"n": 5, "em": {"mean": 50.0 + n, "low": 40, "high": 60}} for n in (1, 2)}
+    hops = {str(n): {"n": 4 + n, "em": {"mean": 50.0 + n, "low": 40, "high": 60},
+                     "searches": {"mean": n / 2, "low": 0, "high": 3}} for n in (1, 2)}
     runs = [evaluation(tmp_path / "one", by_hops=hops),
             evaluation(tmp_path / "two", by_hops={"2": hops["2"]}),
             evaluation(tmp_path / "three", method="rag", benchmark="popqa", engine="http"),
@@ -533,6 +543,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
     jsonl("zero/metrics.jsonl", [
         {"step": i, "reward/mean": 0.1 * i, "search/per_episode": 1.0 + i, "noise/p": 0.5 - i / 50,
          "time/step": 2400, "time/search": 1200, "cost/searches": 200} for i in range(3)])
+    jsonl("zero/eval.jsonl", [{"step": i, "eval/reward": 0.2 + i / 10} for i in (0, 3)])
+    jsonl("zero/episodes.jsonl", [SEARCHED | {"id": "q8"}, SEARCHED])
     jsonl("zero/config.json", [{"settings": {"engine": "simulator"},
                                 "hardware": {"device": "cuda", "name": "A100-80GB", "count": 2}}])
     command(evaluate, "report", *runs, "--out", tmp_path / "page")
@@ -546,19 +558,59 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
         "| one | 51.0 (40.0 to 60.0) | 52.0 (40.0 to 60.0) |",
         "The same 2 questions, **two** minus **one**: EM +50.0 points (95 % interval +0.0 to "
         "+100.0: it holds 0; p = 1.0000), F1 +50.0 (+0.0 to +100.0).",
-        "| run | steps | reward | searches an episode | noise p |",
-        "| zero | 3 | 0.00 to 0.20 | 1.00 to 3.00 | 0.50 to 0.46 |",
+        "| run | steps | reward | searches an episode | noise p | held-out reward |",
+        "| zero | 3 | 0.00 to 0.20 | 1.00 to 3.00 | 0.50 to 0.46 | 0.20 to 0.50 |",
+        "### Turned right", "### Right before and after", "=> answered 'x': wrong (golden answer: "
+        "the city)", "(hops.png)", "zero, asked for useful documents:",
+        "Query: capital of Peru (question: Question 7? answer: Lima)\n    1. Lima is it.",
         # 600 x $275 / 30,000; 2 GPUs for 1 and for 2 hours at $1.475
         "| zero | 600 | $5.50 | $2.95 | $5.90 | 2 x A100-80GB |", "| zero | 7,200 |",
         "| three | 60 |", "| simulator | 3 |"):
         assert line in text, line
-    em, bars, curves = (10.0, [[1.0], [2.0]]), *drawn.values()
+    assert "asked for noisy" not in text
+    em, bars, columns, curves = (10.0, [[1.0], [2.0]]), *drawn.values()
+    # EM and searches of "one" at both hops, then of "two" beside it at the second alone
+    assert [(list(y), e) for _, y, e in columns] == [
+        ([51, 52], [[11, 12], [9, 8]]), ([0.5, 1], [[0.5, 1], [2.5, 2]]),
+        ([52], [[12], [8]]), ([1], [[1], [2]])]
+    assert columns[0][0] == pytest.approx([-0.2, 0.8]) and columns[2][0] == pytest.approx([1.2])
     assert bars[:3] == [(0, *em), (1, *em), (0, *em)]  # one and two, then the other benchmark's
     assert [width for _, width, _ in bars[3:]] == pytest.approx([5.5, 2.95, 5.9])
-    assert [list(x) for x, *_ in curves] == [[0, 1, 2]] * 5
+    assert [list(x) for x, *_ in curves] == [[0, 1, 2]] * 5 + [[0, 3]]
+    assert list(curves.pop()[1]) == pytest.approx([0.2, 0.5])  # held out
     # the reward and its mean over neighbours, the searches and theirs, the noise
     assert np.array([list(y) for _, y, _ in curves]) == pytest.approx(np.array([
         [0, 0.1, 0.2], [0.05, 0.1, 0.15], [1, 2, 3], [1.5, 2, 2.5], [0.5, 0.48, 0.46]]))
+
+
+def test_show_prints_the_episodes_that_are_asked_for(jsonl, capsys, tmp_path):
+    def shown(*arguments) -> str:
+        command(evaluate, "show", *arguments)
+        return capsys.readouterr().out
+
+    hostile = SEARCHED["turns"][0] | {"documents": ["\x1b[31mred [/math] ```", "two"],
+                                      "quality": "noisy"}
+    bad = SEARCHED | {"id": "q8", "question": "Eight?", "answer": "Oslo", "reward": 0.0,
+                      "turns": [hostile], "step": 3}
+    (tmp_path / "run").mkdir()
+    jsonl("run/episodes.jsonl", [SEARCHED | {"step": 2}, bad, SEARCHED | {"step": 3, "id": "q9"}])
+    assert shown(tmp_path / "run", "--id", "q7").splitlines()[2:] == [
+        "Question: Question 7?", "<think> t </think>", "<search> capital of Peru </search>",
+        "    1. Lima is it.", "    2. Not me.", "<answer> Lima </answer>",
+        "=> answered 'Lima': right (golden answer: Lima)"]
+    text = shown(tmp_path / "run", "--worst", "--limit", 1)
+    assert "1 of 3" in text and "Eight?" in text and "answered 'Oslo': wrong" in text
+    assert "  noisy documents:\n    1. [31mred [/math] '''\n    2. two\n" in text
+    assert "Eight?" in (text := shown(tmp_path / "run", "--step", 3)) and "2 of 2" in text
+    later = jsonl("later.jsonl", [bad | {"answer": "Lima", "reward": 1.0, "turns": []},
+                                  {"id": "q7", "question": "Question 7?", "answer": None,
+                                   "golden_answers": ["Lima"]}])
+    before, after = shown(tmp_path / "run", later).split("of 2\n")[1:]
+    assert re.findall(r"=> (.*):", before) == ["answered 'Lima': right (golden answer",
+                                               "no answer: wrong (golden answer"]
+    assert "answered 'Oslo': wrong" in after and "answered 'Lima': right" in after
+    with pytest.raises(UserError, match="no episode to show"):
+        shown(tmp_path / "run", "--id", "q1")
 
 
 def test_report_tells_what_it_lacks(tmp_path, monkeypatch, jsonl):
