@@ -301,6 +301,24 @@ def print_runs(rows: list[dict]) -> None:
           "A negative saving: the run cost more than the API would have.")
 
 
+def run_bills(runs: dict[str, Path]) -> tuple[dict[str, dict], list[str]]:
+    """The bill of each training run for the page, and notes on those that have none."""
+    bills, notes = {}, []
+    for name, run_dir in runs.items():
+        try:
+            cost = run_cost(run_dir)
+        except UserError as error:
+            notes.append(f"No cost for {name}: {error}.")
+            continue
+        usd = {f"searches at {PAPER_API}": cost["api_usd"][PAPER_API],
+               "search side of the run": cost["bill"]["search_side"],
+               "whole run": cost["bill"]["whole_run"]}
+        bills[name] = {"searches": f"{cost['searches']:,.0f}",
+                       "device": f"{cost['devices']} x {cost['device']}",
+                       "bars": {kind: (x, dollars(x)) for kind, x in usd.items()}}
+    return bills, notes
+
+
 # ---------------------------------------------------------------- a plan
 
 

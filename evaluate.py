@@ -1,10 +1,10 @@
 """Chapter 3: any model, method and engine on the question-answering benchmarks, beside the paper.
 
 \b
-    run      answer a benchmark's questions     ->  OUT/predictions.jsonl, OUT/results.json
-    score    every metric again, from predictions alone
+    run      answer questions of benchmarks     ->  OUT/predictions.jsonl, OUT/results.json
+    score    every metric again, from predictions alone: ours, FlashRAG's or Search-R1's
     compare  two runs on the same questions: paired difference, interval, p-value
-    table    runs beside the rows of the paper's tables
+    table    runs or predictions beside the rows of the paper's tables
     report   figures and tables of training runs and evaluations, on one page
     show     recorded episodes as text: by question, by step, the worst, what changed between runs
     ask      one question, live: what the model thinks, searches, reads and answers
@@ -15,11 +15,14 @@ rollout, greedy and without noise.
 
 \b
     python evaluate.py run --benchmark world --model runs/demo/policy/model --out runs/demo/test
+    python evaluate.py run --benchmark nq,hotpotqa --model smollm2 --corpus FILE --out runs/test
     python evaluate.py compare runs/demo/test-warmup runs/demo/test-policy
     accelerate launch evaluate.py run ...          # each batch is split over the processes
 
 Exact match (em) is SQuAD's: equality after normalisation. Some published code, ZeroSearch's too,
 calls a substring match by that name; here it is cover_em, so that old figures can be compared.
+recall is the share of questions for which a document that the model's searches returned holds a
+golden answer: where recall is low the search failed, where em is low beside it the reading did.
 """
 
 import json
@@ -29,7 +32,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -42,20 +46,21 @@ from rich.console import Console
 from rich.text import Text
 
 import costs
-from plumbing.cli import (UserError, argument, command, console, leave, make_app, markdown_table,
+from plumbing.cli import (UserError, argument, check_value, command, console, leave, make_app,
                           option, print_table, progress_bar, run_cli)
 from plumbing.engines import ENGINES, SearchRequest, SearchResult, check_failures
 from plumbing.episodes import changed, episode_text, read_episodes, select
-from plumbing.files import (append_jsonl, draw_seed, read_jsonl, read_predictions, read_questions,
-                            whole_batches, write_json, write_jsonl)
+from plumbing.files import (append_jsonl, draw_seed, read_jsonl, read_questions, whole_batches,
+                            write_json, write_jsonl)
+from plumbing.formats import documents_read, read_paired, read_predictions, read_results
 from plumbing.generate import Sampling
-from plumbing.page import (Aloud, coloured, cost_section, difference_sentence, episodes_section,
-                           evaluation_section, read_held_out, simulator_section, time_section,
-                           training_section)
-from plumbing.runfolder import FolderSettings, RunFolder, begun
+from plumbing.page import (Aloud, coloured, cost_section, episodes_section, evaluation_section,
+                           paired_sentence, print_beside_paper, read_held_out, run_names,
+                           show_summary, simulator_section, time_section, training_section)
+from plumbing.runfolder import FolderSettings, RunFolder, begun, is_run
 from plumbing.served import load_generator
-from plumbing.text import (ROOT, cover_em, encode, exact_match, f1_score, fill, load_prompts,
-                           neutralize, prompt_ids)
+from plumbing.text import (ROOT, contains_answer, cover_em, encode, exact_match, f1_score, fill,
+                           load_prompts, neutralize, normalize_answer, prompt_ids)
 from sft_simulator import SearchSettings, format_documents
 from train_rl import (Episode, EpisodeSettings, Setup, Turn, new_episode, rollout, search_turn)
 
@@ -99,7 +104,8 @@ ANSWER_TOKENS = 32  # an answer is a few words; what goes on is wrong anyway
 
 
 def blank_episode(row: dict[str, Any]) -> Episode:
-    return Episode(str(row["id"]), row["question"], row["golden_answers"], row.get("hops"))
+    return Episode(str(row["id"]), row["question"], row["golden_answers"], row.get("hops"),
+                   row.get("sample", 0))
 
 
 def read_prompt(episode: Episode, setup: Setup, method: str, **values: str) -> Episode:
@@ -113,11 +119,12 @@ def read_prompt(episode: Episode, setup: Setup, method: str, **values: str) -> E
 
 def write_on(episodes: list[Episode], setup: Setup, max_tokens: int,
              stop: tuple[str, ...] = ()) -> list[str]:
-    """Let the model continue every episode, greedily; returns what it wrote.
+    """Let the model continue every episode; returns what it wrote.
 
     An end-of-text token is left out: more follows, and the model should go on in the same reply."""
-    sampling = Sampling(max_tokens, temperature=0.0, stop=stop)
-    prompts, seeds = [e.ids for e in episodes], [setup.seed] * len(episodes)
+    sampling = Sampling(max_tokens, setup.limits.temperature, stop)
+    prompts = [e.ids for e in episodes]
+    seeds = [draw_seed("method", setup.seed, e.id, e.sample, len(e.ids)) for e in episodes]
     generations, texts = setup.generator.generate(prompts, sampling, seeds), []
     for episode, generation in zip(episodes, generations, strict=True):
         end = len(generation.ids) - (generation.stop_reason == "eos")
@@ -146,7 +153,8 @@ def conclude(episodes: list[Episode], setup: Setup, method: str) -> list[Episode
 def agent(rows: Rows, setup: Setup) -> list[Episode]:
     """The policy under its own template. Without an engine it is R1."""
     search = setup.engine is not None
-    episodes = [new_episode(row, 0, setup.tokenizer, setup.prompts, search) for row in rows]
+    episodes = [new_episode(row, row.get("sample", 0), setup.tokenizer, setup.prompts, search)
+                for row in rows]
     rollout(episodes, setup)
     return episodes
 
@@ -226,8 +234,8 @@ class Condenser:
             values["documents"] = format_documents(documents)
             prompts.append(prompt_ids(setup.tokenizer, fill(wording["condense_system"]),
                                       fill(wording["condense_user"], **values)))
-        sampling = Sampling(setup.limits.tokens_per_turn, temperature=0.0)
-        digests = setup.generator.generate(prompts, sampling, [setup.seed] * len(prompts))
+        sampling = Sampling(setup.limits.tokens_per_turn, setup.limits.temperature)
+        digests = setup.generator.generate(prompts, sampling, [r.seed for r in requests])
         return [SearchResult([setup.tokenizer.decode(digest.ids, skip_special_tokens=True).strip()],
                              result.well_formed, result.prompt_tokens + len(prompt),
                              result.completion_tokens + len(digest.ids), result.error)
@@ -242,7 +250,7 @@ def search_o1(rows: Rows, setup: Setup) -> list[Episode]:
     token ids hold the digest."""
     prompts = setup.prompts | {"policy": setup.prompts["policy"] | setup.prompts["search_o1"]}
     engine = Condenser(setup)
-    episodes = [new_episode(row, 0, setup.tokenizer, prompts) for row in rows]
+    episodes = [new_episode(row, row.get("sample", 0), setup.tokenizer, prompts) for row in rows]
     rollout(episodes, replace(setup, engine=engine, prompts=prompts))
     for episode in episodes:
         for turn in episode.turns:
@@ -265,7 +273,9 @@ WITHOUT_SEARCH = ("direct", "cot")
 # ---------------------------------------------------------------- metrics
 
 RESAMPLES = 10_000
-Summary = dict[str, dict[str, float]]  # metric -> mean, low, high
+Z = 1.959964  # of a 95 % interval
+Scores = dict[str, float]  # metrics by name
+Summary = dict[str, dict[str, float]]  # metric -> n, mean, low, high
 
 
 def answer_scores(answer: str | None, golden_answers: list[str]) -> dict[str, float]:
@@ -278,33 +288,110 @@ def answer_scores(answer: str | None, golden_answers: list[str]) -> dict[str, fl
     }
 
 
-PERCENT = tuple(answer_scores(None, []))
 COMPARED = ("em", "f1", "cover_em")
+COUNTS = ("searches", "tokens")  # of an episode; every other metric is a percentage
 
 
-def answer_row(record: dict[str, Any]) -> dict[str, float]:
-    """The metrics of one line of predictions, in percent."""
-    scores = answer_scores(record["answer"], record["golden_answers"])
-    return {name: 100 * x for name, x in scores.items()}
+def record_scores(record: dict[str, Any], searched: bool) -> Scores:
+    """The metrics of one record, each in [0, 1]. No recall for a yes-no question, whose answer
+    stands in any text."""
+    golden = record["golden_answers"]
+    scores = answer_scores(record["answer"], golden)
+    if searched and not {"yes", "no"} & set(map(normalize_answer, golden)):
+        scores["recall"] = float(any(contains_answer(text, golden)
+                                     for text in documents_read(record)))
+    return scores
 
 
-def summarize(rows: list[dict[str, float]]) -> Summary:
-    """Mean and 95 % interval of every column. The order of the rows changes no digit."""
-    values = np.array([list(row.values()) for row in rows], dtype=np.float64)  # (N, M)
-    values = values[np.lexsort(values.T)]
-    low, high = np.percentile(bootstrap_means(values), [2.5, 97.5], axis=0)  # (M,), (M,)
-    means = [math.fsum(column) / len(rows) for column in values.T]
-    columns = zip(rows[0], means, low.tolist(), high.tolist())
-    return {name: {"mean": mean, "low": lo, "high": hi} for name, mean, lo, hi in columns}
+def question_scores(records: list[dict[str, Any]], counts: Iterable[str] = ()) -> dict[str, Scores]:
+    """Metrics by question, in percent: means over its samples and, of several, pass@k. counts: what
+    else the records hold. recall is there if any record holds a document."""
+    searched, samples = any(map(documents_read, records)), {}
+    for number, record in enumerate(records):
+        samples.setdefault(str(record.get("id", f"line {number}")), []).append(record)
+    questions = {}
+    for name, group in samples.items():
+        n, scores = len(group), [record_scores(record, searched) for record in group]
+        right = sum(score["em"] == 1 for score in scores)
+        sizes = sorted({2**i for i in range(1, n.bit_length())} | {n} - {1})
+        questions[name] = {key: 100 * math.fsum(score[key] for score in scores) / n
+                           for key in scores[0]}
+        questions[name] |= {f"pass@{k}": 100 * pass_at_k(n, right, k) for k in sizes}
+        questions[name] |= {key: math.fsum(record[key] for record in group) / n for key in counts}
+    return questions
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that one of k samples is right, of which n were drawn: unbiased (Chen et al. 2021,
+    equation 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def summarize(rows: Iterable[Scores]) -> Summary:
+    """Number of questions, mean and 95 % interval of every metric, over the questions that have it.
+    Their order changes no digit.
+
+    The interval is Wilson's where each question is right or wrong, else the bootstrap's."""
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    summary = {}
+    for name, column in columns.items():
+        values, mean = np.sort(column), math.fsum(column) / len(column)
+        low, high = (wilson(mean, len(values)) if name not in COUNTS and is_binary(values)
+                     else np.percentile(bootstrap_means(values), [2.5, 97.5]).tolist())
+        summary[name] = {"n": len(values), "mean": mean, "low": low, "high": high}
+    return summary
+
+
+def is_binary(values: np.ndarray) -> bool:
+    """Whether every percentage is 0 or 100."""
+    return bool(np.isin(values, (0.0, 100.0)).all())
+
+
+def wilson(percent: float, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion of n, in percent: Wilson's score interval (1927).
+
+    Resampling 0s alone gives 0s alone: the bootstrap's interval for 0 of 8 has no width, this one
+    ends at 32.4 %. At n = 8 and p = 0.1 it holds p in 96 % of samples, the bootstrap's in 56 %."""
+    p, shrink = percent / 100, 1 + Z**2 / n
+    centre = (p + Z**2 / (2 * n)) / shrink
+    half = Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2) / shrink
+    return 100 * min(max(centre - half, 0.0), p), 100 * max(min(centre + half, 1.0), p)
 
 
 def bootstrap_means(values: np.ndarray) -> np.ndarray:
-    """Means of resamples of the rows, one seed. (N, M) -> (RESAMPLES, M). Bootstrap, Efron 1979."""
+    """Means of resamples, one seed. (N,) -> (RESAMPLES,). Bootstrap, Efron 1979."""
     generator = np.random.default_rng(0)
     chunk = max(1, 2_000_000 // values.size)
     sizes = [min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk)]
     draws = (generator.integers(len(values), size=(k, len(values))) for k in sizes)
     return np.concatenate([values[places].mean(axis=1) for places in draws])
+
+
+def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """95 % interval of mean(b) - mean(a) on the same questions. (N,), (N,) in percent.
+
+    Where each answer is right or wrong: from Wilson's two intervals and their correlation (Newcombe
+    1998, method 10), which has a width where both runs got everything wrong. Else the bootstrap."""
+    if not (is_binary(a) and is_binary(b)):
+        low, high = np.percentile(bootstrap_means(np.sort(b - a)), [2.5, 97.5])
+        return float(low), float(high)
+    n, mean_a, mean_b = len(a), float(a.mean()), float(b.mean())
+    (low_a, high_a), (low_b, high_b) = wilson(mean_a, n), wilson(mean_b, n)
+    both, only_a, only_b = (int((a * b > 0).sum()), int((a > b).sum()), int((b > a).sum()))
+    product = both * (neither := n - both - only_a - only_b) - only_a * only_b
+    margins = math.prod((both + only_a, only_b + neither, both + only_b, only_a + neither))
+    product = max(product - n / 2, 0.0) if product > 0 else product
+    correlation = product / math.sqrt(margins) if margins else 0.0
+
+    def side(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
+
+    difference = mean_b - mean_a
+    return (difference - side(mean_b - low_b, high_a - mean_a),
+            difference + side(high_b - mean_b, mean_a - low_a))
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
@@ -329,60 +416,96 @@ def sign_flip_p(differences: np.ndarray) -> float:
 class RunSettings(FolderSettings, SearchSettings, EpisodeSettings):
     """Options of `run`."""
 
-    temperature: ClassVar[float] = 0.0  # greedy
-
     model: str = option(help='"smollm2" (embedded), a Hub id or a folder.')
     method: str = option("agent", "How the model is put to the question.", choices=METHODS)
-    benchmark: str | None = option(None, f"{', '.join(BENCHMARKS)} or world.")
-    data: Path | None = option(None, "Or a JSONL file with id, question, golden_answers.")
+    benchmark: str | None = option(
+        None, f"{', '.join(BENCHMARKS)} or world; several with commas; all: the paper's seven.")
+    data: Path | None = option(None, "JSONL with id, question, golden_answers (--benchmark names "
+                                     "it), or a folder with a NAME.jsonl of each benchmark.")
+    temperature: float = option(0.0, "Of all that the model writes; 0 is greedy.", low=0)
+    samples: int = option(1, "Answers to each question: their mean, and pass@k.", low=1)
     failed_searches: int = option(0, "Searches that may fail; their questions are left out.", low=0,
                                   resumable=True)
     limit: int | None = option(None, "A random sample of so many questions, by --seed.", low=1)
-    batch_size: int = option(64, "Questions at a time, over all processes.", low=1)
+    batch_size: int = option(64, "Answers at a time, over all processes.", low=1)
 
     def check(self) -> None:
         super().check()
-        if (self.data is None) == (self.benchmark is None):
+        if self.benchmark is None and (self.data is None or self.data.is_dir()):
             raise UserError("name the questions: --benchmark NAME or --data FILE")
+        if len(self.names()) > 1 and self.data is not None and not self.data.is_dir():
+            raise UserError("--data must be a folder for several benchmarks")
+        if len(set(self.names())) < len(self.names()):
+            raise UserError(f"--benchmark {self.benchmark}: one is named twice")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError("--samples are all alike at --temperature 0")
         if self.engine == "none" and self.method not in (*WITHOUT_SEARCH, "agent"):
             raise UserError(f"--method {self.method} searches: --engine none can't serve it")
+
+    def names(self) -> list[str]:
+        """The benchmarks that are asked for."""
+        if self.benchmark == "all":
+            return list(BENCHMARKS)
+        return self.benchmark.split(",") if self.benchmark else [self.data.stem]
+
+    def jobs(self) -> list["RunSettings"]:
+        """The settings of each benchmark's run: several have a folder each in `out`."""
+        if len(self.names()) == 1:
+            return [self]
+        jobs = [replace(self, benchmark=name, out=self.out / name) for name in self.names()]
+        if self.resume and any(is_run(job.out) for job in jobs):  # the others were never begun
+            jobs = [replace(job, resume=is_run(job.out)) for job in jobs]
+        return jobs
+
+    def questions_file(self) -> Path:
+        """The file of the one benchmark of a job."""
+        if self.data is None:
+            return benchmark_file(self.benchmark)
+        return self.data / f"{self.benchmark}.jsonl" if self.data.is_dir() else self.data
 
 
 @command(app, RunSettings)
 def run(s: RunSettings) -> None:
-    """Answer a benchmark's questions, greedily, and score the answers."""
+    """Answer questions of one or several benchmarks with one model, and score the answers."""
     if s.method in WITHOUT_SEARCH:
         s = replace(s, engine="none")
-    rows = sample_questions(read_questions(s.data or benchmark_file(s.benchmark)), s.limit, s.seed)
-    ids = [str(row["id"]) for row in rows]
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{s.data or s.benchmark}: an id occurs twice")
+    jobs = [(job, ask_for(job)) for job in s.jobs()]  # what can't be read costs no loading
     state, prompts = PartialState(), load_prompts(s.prompts)
-    reads = {"data": s.data or benchmark_file(s.benchmark),
-             "corpus": s.corpus if s.engine == "bm25" else None}
-    with RunFolder(s, prompts, state.is_main_process, **reads) as folder:
+    with ExitStack() as stack:
+        folders = [stack.enter_context(RunFolder(job, prompts, state.is_main_process,
+                                                 data=job.questions_file(),
+                                                 corpus=s.corpus if s.engine == "bm25" else None))
+                   for job, _ in jobs]
         # First the generator: vLLM, when it starts, trips over modules that bm25s imports.
         generator = load_generator(s.model, s.generator)
         setup = Setup(generator, ENGINES[s.engine].make(s), prompts, s, s.seed)
-        folder.open()  # only now: all that can fail has loaded
+        for folder in folders:
+            folder.open()  # only now: all that can fail has loaded
         console.print(f"generation: {generator.name}")
-        records = answer_all(rows, s, setup, state)
-        if state.is_main_process:
-            results = run_results(records, s)
-            write_json(s.out / "results.json", results)
-            title = f"{results['benchmark']}, {s.method}, {s.model}: {len(records)} questions"
-            show_summary(title, results["metrics"])
+        results = [answer_all(rows, job, setup, state) for job, rows in jobs]
+        if len(jobs) > 1 and state.is_main_process:
+            print_beside_paper(results, BENCHMARKS)
         leave(state)
 
 
-def answer_all(rows: Rows, s: RunSettings, setup: Setup, state: PartialState) -> Rows:
-    """Records of all questions: of the batches that OUT holds, and of the others, appended."""
+def ask_for(s: RunSettings) -> Rows:
+    """The rows of a run: each question as often as it has samples. Raises UserError."""
+    rows = read_questions(s.questions_file())
+    if len({str(row["id"]) for row in rows}) < len(rows):
+        raise UserError(f"{s.questions_file()}: an id occurs twice")
+    return [row | {"sample": sample} for row in sample_questions(rows, s.limit, s.seed)
+            for sample in range(s.samples)]
+
+
+def answer_all(rows: Rows, s: RunSettings, setup: Setup, state: PartialState) -> dict[str, Any]:
+    """Results of a run: of the batches that OUT holds, and of the others, which are appended."""
     predictions, ids = s.out / "predictions.jsonl", [str(row["id"]) for row in rows]
     records = whole_batches(predictions, ids, s.batch_size) if s.resume else []
     if s.resume and state.is_main_process:
         write_jsonl(predictions, records)
     with progress_bar() as bar:
-        task = bar.add_task(s.method, total=len(rows), completed=len(records), info="")
+        task = bar.add_task(f"{s.names()[0]}, {s.method}", total=len(rows), completed=len(records),
+                            info="")
         for start in range(len(records), len(rows), s.batch_size):
             asked = rows[start : start + s.batch_size]
             batch = answer_batch(asked, METHODS[s.method], setup, state)
@@ -394,7 +517,12 @@ def answer_all(rows: Rows, s: RunSettings, setup: Setup, state: PartialState) ->
             records += batch
             matched = [record["scores"]["em"] for record in records if record["end"] != "failed"]
             bar.update(task, completed=len(records), info=f"EM {100 * np.mean(matched):.1f} %")
-    return records
+    results = run_results(records, s)
+    if state.is_main_process:
+        write_json(s.out / "results.json", results)
+        title = f"{results['benchmark']}, {s.method}, {s.model}: {results['n']} questions"
+        show_summary(title, results["metrics"], COUNTS)
+    return results
 
 
 def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState) -> Rows:
@@ -406,197 +534,126 @@ def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState
         if episode.end != "failed":
             episode.scores = answer_scores(episode.answer, episode.golden_answers)
     everyone = gather_object([episode.record() for episode in episodes])
-    records = {record["id"]: record for record in everyone}
+    records = {(record["id"], record["sample"]): record for record in everyone}
     seconds = (time.perf_counter() - started) / len(rows)
-    ordered = [records[str(row["id"])] for row in rows]
+    ordered = [records[str(row["id"]), row["sample"]] for row in rows]
     return [record | {"tokens": sum(record["mask"]), "seconds": seconds} for record in ordered]
 
 
 def run_results(records: list[dict[str, Any]], s: RunSettings) -> dict[str, Any]:
     """What results.json holds: all from the records, so that a resumed run ends with the same."""
-    failed = sum(r["end"] == "failed" for r in records)
-    records = [r for r in records if r["end"] != "failed"]
-    rows = [answer_row(r) | {n: float(r[n]) for n in ("searches", "tokens")} for r in records]
-    by_hops: dict[int, list[dict[str, float]]] = {}
-    for record, row in zip(records, rows, strict=True):
-        if record["hops"]:
-            by_hops.setdefault(record["hops"], []).append(row)
+    scored = [record for record in records if record["end"] != "failed"]
+    questions = question_scores(scored, COUNTS)
+    hops = {record["id"]: record["hops"] for record in scored if record["hops"]}
+    by_hops = {str(h): [questions[name] for name in hops if hops[name] == h]
+               for h in sorted(set(hops.values()))}
     return {
-        "benchmark": s.benchmark or s.data.stem,
+        "benchmark": s.names()[0],
         "method": s.method,
         "model": s.model,
         "engine": s.engine,
-        "n": len(records),
-        "failed": failed,
-        "metrics": summarize(rows),
-        "by_hops": {str(hops): {"n": len(part)} | summarize(part)
-                    for hops, part in sorted(by_hops.items())},
+        "n": len(questions),
+        "samples": s.samples,
+        "failed": len(records) - len(scored),
+        "metrics": summarize(questions.values()),
+        "by_hops": {h: {"n": len(part)} | summarize(part) for h, part in by_hops.items()},
         "seconds": math.fsum(record["seconds"] for record in records),
         "settings": s.record(),
     }
 
 
-def show_summary(title: str, metrics: Summary) -> None:
-    rows = [[name + ", %" * (name in PERCENT), f"{m['mean']:.2f}",
-             f"{m['low']:.2f} to {m['high']:.2f}"]
-            for name, m in metrics.items()]
-    print_table(title, ["", "mean", "95 % interval"], rows)
-
-
 # ---------------------------------------------------------------- score, compare
+
+
+PREDICTIONS = ("JSONL with question, golden_answers, answer; FlashRAG's intermediate_data.json; "
+               "Search-R1's generations as verl writes them; or a run folder.")
 
 
 @app.command()
 def score(
-    predictions: Annotated[Path, typer.Argument(
-        help="JSONL with question, golden_answers, answer; or a run folder.")],
+    predictions: Annotated[Path, typer.Argument(help=PREDICTIONS)],
     as_json: AsJson = False,
 ) -> None:
     """Compute the metrics from predictions alone, in percent, whatever the order of the lines."""
-    rows = read_predictions(predictions)
-    metrics = summarize([answer_row(row) for row in rows])
+    questions = question_scores(read_predictions(predictions))
+    metrics = summarize(questions.values())
     if as_json:
         means = {name: m["mean"] for name, m in metrics.items()}
         intervals = {name: [m["low"], m["high"]] for name, m in metrics.items()}
-        print(json.dumps({"n": len(rows), **means, "intervals": intervals}))
+        print(json.dumps({"n": len(questions), **means, "intervals": intervals}))
     else:
-        show_summary(f"{predictions}: {len(rows)} answers", metrics)
+        show_summary(f"{predictions}: {len(questions)} questions", metrics, COUNTS)
 
 
 def paired_difference(a: Path, b: Path) -> dict[str, Any]:
-    """B minus A on the same questions, in points, with 95 % interval and sign-flip p-value."""
-    scores = []
-    for path in (a, b):
-        rows = read_predictions(path, "id")
-        scores.append({str(row["id"]): answer_row(row) for row in rows})
-        if len(scores[-1]) < len(rows):
-            raise UserError(f"{path}: an id occurs twice")
-    of_a, of_b = scores
-    if alone := sorted(of_a.keys() ^ of_b.keys()):
-        raise UserError(f"{a} and {b} answer different questions: {len(alone)} ids are in one "
-                        f"only, such as {alone[0]}")
-    differences = [{name: of_b[i][name] - of_a[i][name] for name in COMPARED} for i in sorted(of_a)]
-    result: dict[str, Any] = {"a": str(a), "b": str(b), "n": len(differences)}
-    for name, d in summarize(differences).items():
-        means = [math.fsum(row[name] for row in of.values()) / len(of) for of in scores]
-        p = sign_flip_p(np.array([row[name] for row in differences]))
-        result[name] = {"a": means[0], "b": means[1], "difference": d["mean"], "low": d["low"],
-                        "high": d["high"], "p": p}
+    """B minus A on the same questions, in points, with 95 % interval and sign-flip p-value.
+
+    verdict: "higher" or "lower" where the interval and the test (p < 0.05) both say so, else "can't
+    tell": an interval and a test of different make can differ at the margin."""
+    of_a, of_b = map(question_scores, read_paired(a, b))
+    result: dict[str, Any] = {"a": str(a), "b": str(b), "n": len(of_a)}
+    for name in COMPARED:
+        x, y = (np.array([of[i][name] for i in sorted(of_a)]) for of in (of_a, of_b))
+        (low, high), p = paired_interval(x, y), sign_flip_p(y - x)
+        means = [math.fsum(values) / len(values) for values in (x, y)]
+        side = "higher" if low > 0 else "lower" if high < 0 else None
+        result[name] = {"a": means[0], "b": means[1], "difference": math.fsum(y - x) / len(x),
+                        "low": low, "high": high, "p": p,
+                        "verdict": side if side and p < 0.05 else "can't tell"}
     return result
 
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="Run folder or predictions file.")],
+    a: Annotated[Path, typer.Argument(help="Run folder or predictions, as for score.")],
     b: Annotated[Path, typer.Argument(help="Another, on the same questions.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two runs question by question: B minus A, with 95 % interval and p-value."""
+    """Compare two runs question by question: B minus A, with 95 % interval and p-value.
+
+    B is called higher or lower where interval and p-value agree on it."""
     result = paired_difference(a, b)
     if as_json:
         return print(json.dumps(result))
     rows = [[name, f"{d['a']:.2f}", f"{d['b']:.2f}", f"{d['difference']:+.2f}",
-             f"{d['low']:+.2f} to {d['high']:+.2f}", f"{d['p']:.4f}"]
+             f"{d['low']:+.2f} to {d['high']:+.2f}", f"{d['p']:.4f}", d["verdict"]]
             for name, d in result.items() if name in COMPARED]
     title = f"A: {a}\nB: {b}\n{result['n']} questions, in percent"
-    print_table(title, ["", "A", "B", "B - A", "95 % interval", "p"], rows)
-
-
-def read_results(run_dir: Path) -> dict[str, Any]:
-    """results.json of an evaluation. Raises UserError where it isn't one."""
-    path = run_dir / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if missing := {"benchmark", "method", "model", "engine", "n", "metrics"} - results.keys():
-            raise ValueError(f"lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not the results of an evaluation: {error}") from None
-    return results
+    print_table(title, ["", "A", "B", "B - A", "95 % interval", "p", "B is"], rows)
 
 
 # ---------------------------------------------------------------- table
 
-PROMPTED = {"direct": "Direct Answer", "cot": "CoT", "rag": "RAG", "ra-agent": "RA-Agent",
-            "search-o1": "Search-o1"}  # rows of table 3
-
-
 @app.command()
 def table(
-    runs: Annotated[list[Path], typer.Argument(
-        help="Evaluation folders; those of one model and method form a row.")],
+    runs: Annotated[list[str], typer.Argument(
+        help="Evaluation folders; those of one model and method form a row. Or predictions as for "
+             "score, with their benchmark: nq=FILE, or ROW/nq=FILE to name their row.")],
     paper_row: Annotated[str | None, typer.Option(
         help="The paper's row, such as table3/Qwen-2.5-3B/ZeroSearch-inst.")] = None,
     paper_model: Annotated[str | None, typer.Option(
         help="Or its model: prompted methods then stand beside their rows of table 3.")] = None,
+    metric: Annotated[str, typer.Option(help="em, f1, or cover_em: the published code's.")] = "em",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Exact match beside a row of the paper's tables, and the difference.
-
-    +- is half of our 95 % interval; the paper's figure is taken as it stands."""
-    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for results in map(read_results, runs):
-        group = groups.setdefault((results["method"], results["model"]), {})
-        if results["benchmark"] in group:
-            raise UserError(f"two runs of {results['method']} with {results['model']} "
-                            f"on {results['benchmark']}")
-        group[results["benchmark"]] = results
-    known = {name for group in groups.values() for name in group}
-    own = sorted(known.difference(BENCHMARKS))
-    columns = [name for name in BENCHMARKS if name in known] + own + ["avg"]
-    rows = []
-    for (method, model), group in groups.items():
-        label, theirs = published_row(paper_model, paper_row, method)
-        ours = exact_matches(group)
-        cells = {
-            f"{method}, {model}": {c: f"{mean:.1f} ±{half:.1f}"
-                                   for c, (mean, half) in ours.items()},
-            f"  paper: {label}": {c: f"{value:.1f}" for c, value in theirs.items()},
-            "  difference": {c: f"{ours[c][0] - theirs[c]:+.1f} ±{ours[c][1]:.1f}"
-                             for c in ours if c in theirs},
-        }
-        rows += [[name, *(row.get(c, "-") for c in columns)] for name, row in cells.items()]
-    if markdown:
-        print(markdown_table(["EM, %", *columns], rows))
-    else:
-        print_table("Exact match, %, beside the paper", ["", *columns], rows)
+    """EM, or another metric, beside a row of the paper's tables, and the difference."""
+    check_value("--metric", metric, {"choices": COMPARED})
+    results = [given_results(argument) for argument in runs]
+    print_beside_paper(results, BENCHMARKS, metric, paper_row, paper_model, markdown)
 
 
-def exact_matches(group: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and half interval of EM by benchmark; "avg" where all seven are there."""
-    found = {}
-    for name, results in group.items():
-        em = results["metrics"]["em"]
-        found[name] = (em["mean"], (em["high"] - em["low"]) / 2)
-    if found.keys() >= set(BENCHMARKS):  # the mean of seven independent figures
-        means, halves = zip(*(found[name] for name in BENCHMARKS))
-        found["avg"] = (math.fsum(means) / 7, math.hypot(*halves) / 7)
-    return found
-
-
-def paper_rows() -> dict[str, dict[str, float]]:
-    """Rows of the paper's tables 3 to 7: "table3/Qwen-2.5-3B/RAG" -> EM in percent by benchmark."""
-    published = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))
-    rows = {f"table3/{model}/{row}": figures for model, rows in published["table3_main"].items()
-            for row, figures in rows.items()}
-    rows |= {f"table4/{row}": figures
-             for row, figures in published["table4_simulators"]["rows"].items()}
-    for name, averages in (("table5", published["table5_algorithms"]["avg"]),
-                           ("table7", published["table7_loss_masking"]["avg"]),
-                           *((f"table6/{model.removesuffix('-Base')}", found)
-                             for model, found in published["table6_curriculum"]["avg"].items())):
-        rows |= {f"{name}/{row}": {"avg": average} for row, average in averages.items()}
-    return rows
-
-
-def published_row(model: str | None, row: str | None, method: str) -> tuple[str, dict[str, float]]:
-    """Name and figures of the row that is asked for, else of a prompted method; else none."""
-    rows = paper_rows()
-    if row is None and (model is None or method not in PROMPTED):
-        return "no row named", {}
-    row = row or f"table3/{model}/{PROMPTED[method]}"
-    if row not in rows:
-        raise UserError(f"the paper has no row {row}; it has {', '.join(rows)}")
-    return row, rows[row]
+def given_results(argument: str) -> dict[str, Any]:
+    """The results that an argument of `table` names: a folder's, or those of predictions."""
+    label, equals, path = argument.partition("=")
+    if not equals or Path(argument).exists():
+        return read_results(Path(argument))
+    row, _, benchmark = label.rpartition("/")
+    if (Path(path) / "results.json").exists():
+        results = read_results(Path(path))
+        return results | {"benchmark": benchmark, "method": row or results["method"]}
+    questions = question_scores(read_predictions(Path(path)))
+    return {"benchmark": benchmark, "method": row or "predictions", "model": "",
+            "n": len(questions), "metrics": summarize(questions.values())}
 
 
 # ---------------------------------------------------------------- report
@@ -622,54 +679,19 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Report"]
     if evaluations:
-        parts += evaluation_section(evaluations, paired_sentence(evaluations, names), out)
+        difference = paired_sentence(evaluations, names, paired_difference)
+        parts += evaluation_section(evaluations, difference, out)
         parts += episodes_section([names[name] for name, r in evaluations.items()
                                    if r["method"] == "agent"])
     if trainings:
         folders = {name: names[name] for name in trainings}
         parts += training_section(trainings, read_held_out(folders), out)
         parts += simulator_section(folders)
-        parts += cost_section(*run_bills({name: names[name] for name in trainings}), out)
+        parts += cost_section(*costs.run_bills(folders), out)
     parts += time_section(seconds, out / "seconds.txt")
     parts += [f"Made by `{shlex.join(['python', 'evaluate.py', *sys.argv[1:]])}`."]
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     console.print(f"report: {out / 'report.md'}")
-
-
-def run_names(runs: list[Path]) -> dict[str, Path]:
-    """Each run by its folder's name, or by its path where another has the same name."""
-    folders = [run.resolve().name for run in runs]
-    return {str(run) if folders.count(folder) > 1 else folder: run
-            for folder, run in zip(folders, runs)}
-
-
-def paired_sentence(evaluations: dict[str, dict], names: dict[str, Path]) -> str | None:
-    """The difference of two agents in words, or why there is none; None for one agent, or three."""
-    agents = [name for name, r in evaluations.items() if r["method"] == "agent"]
-    if len(agents) != 2:
-        return None
-    try:
-        return difference_sentence(*agents, paired_difference(*(names[name] for name in agents)))
-    except UserError as error:  # it alone needs predictions.jsonl
-        return f"No paired difference of {agents[0]} and {agents[1]}: {error}."
-
-
-def run_bills(runs: dict[str, Path]) -> tuple[dict[str, dict], list[str]]:
-    """The bill of each training run for the page, and notes on those that have none."""
-    bills, notes = {}, []
-    for name, run_dir in runs.items():
-        try:
-            cost = costs.run_cost(run_dir)
-        except UserError as error:
-            notes.append(f"No cost for {name}: {error}.")
-            continue
-        usd = {f"searches at {costs.PAPER_API}": cost["api_usd"][costs.PAPER_API],
-               "search side of the run": cost["bill"]["search_side"],
-               "whole run": cost["bill"]["whole_run"]}
-        bills[name] = {"searches": f"{cost['searches']:,.0f}",
-                       "device": f"{cost['devices']} x {cost['device']}",
-                       "bars": {kind: (x, costs.dollars(x)) for kind, x in usd.items()}}
-    return bills, notes
 
 
 # ---------------------------------------------------------------- show, ask

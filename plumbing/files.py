@@ -4,70 +4,107 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, console
 from plumbing.text import normalize_answer
 
 
-def read_jsonl(path: Path, required: Iterable[str] = (), *,
+def read_jsonl(path: Path, required: Iterable[str] = (), *, texts: Iterable[str] = (),
                whole_lines: bool = False) -> list[dict[str, Any]]:
-    """Rows of a JSONL file (.gz or not). Raises UserError, with file and line, for a missing or
-    empty file, and for a line that is not a JSON object with the required fields.
+    """Rows of a JSONL file (.gz or not). Raises UserError, with file and line, for a missing, empty
+    or cut .gz file, and for a line that is not a JSON object with the required fields.
 
+    texts: fields that must hold a text, too.
     whole_lines: skip a last line without a line feed, as a killed process leaves it; the file may
     then have no row."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     rows = []
-    with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if whole_lines and not line.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: not a JSON object")
-            if missing := [name for name in required if name not in row]:
-                raise UserError(f"{path}:{number}: no field {', '.join(missing)}")
-            rows.append(row)
+    try:
+        with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if whole_lines and not line.endswith(b"\n"):
+                    break
+                rows.append(parse_row(line, f"{path}:{number}"))
+                check_fields(rows[-1], f"{path}:{number}", required, texts)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a whole .gz file ({error})") from None
     if not (rows or whole_lines):
         raise UserError(f"{path}: empty file")
     return rows
 
 
+def parse_json(text: bytes, where: str) -> Any:
+    """A JSON value. Raises UserError."""
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not JSON in UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def parse_row(text: bytes, where: str) -> dict[str, Any]:
+    if not isinstance(row := parse_json(text, where), dict):
+        raise UserError(f"{where}: not a JSON object")
+    return row
+
+
+def check_fields(row: dict[str, Any], where: str, required: Iterable[str],
+                 texts: Iterable[str] = ()) -> None:
+    """Raises UserError if the row lacks a field, or one of `texts` is no text."""
+    texts = tuple(texts)
+    if missing := [name for name in (*required, *texts) if name not in row]:
+        raise UserError(f"{where}: no field {', '.join(missing)}")
+    for name in texts:
+        if not isinstance(row[name], str):
+            raise UserError(f"{where}: {name} must be a text, not {json.dumps(row[name])[:50]}")
+
+
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Rows with `id, question, golden_answers` (FlashRAG's names), each with a real answer."""
-    rows = read_jsonl(path, required=("id", "question", "golden_answers"))
+    """Rows with `id, question, golden_answers` (FlashRAG's names) and maybe `hops`.
+
+    A row of whose golden answers normalisation leaves nothing can't be answered: it is skipped, and
+    the skipped ones are counted and named. Raises UserError."""
+    rows, skipped = read_jsonl(path, ("id", "golden_answers"), texts=("question",)), []
     for number, row in enumerate(rows, start=1):
-        check_golden(row, f"{path}:{number}")
+        where = f"{path}:{number}"
+        check_golden(row, where)
+        if not isinstance(row["id"], str | int):
+            raise UserError(f"{where}: id must be a text or a whole number")
+        if type(row.get("hops")) not in (int, type(None)):
+            raise UserError(f"{where}: hops must be a whole number")
         if not any(map(normalize_answer, row["golden_answers"])):
-            raise UserError(f"{path}:{number}: golden_answers: normalisation leaves nothing of any")
-    return rows
+            skipped.append((number, row))
+    return without(path, rows, skipped, "no usable golden answer")
 
 
-def read_predictions(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """Lines of a predictions file, or of a run folder's, but for those whose search failed."""
-    path = path / "predictions.jsonl" if path.is_dir() else path
-    rows = read_jsonl(path, required=("question", "golden_answers", "answer", *fields))
-    for number, row in enumerate(rows, start=1):
-        check_golden(row, f"{path}:{number}")
-        if not isinstance(row["answer"], str | None):
-            raise UserError(f"{path}:{number}: answer must be a text or null")
-    if not (answered := [row for row in rows if row.get("end") != "failed"]):
-        raise UserError(f"{path}: every search failed, nothing can be scored")
-    return answered
+def without(path: Path, rows: list[dict], skipped: list[tuple[int, dict]],
+            why: str) -> list[dict[str, Any]]:
+    """The rows but for the skipped ones (number, row), which are counted and named on stderr.
+
+    Raises UserError if none is left."""
+    numbers = {number for number, _ in skipped}
+    if not (kept := [row for i, row in enumerate(rows, start=1) if i not in numbers]):
+        raise UserError(f"{path}: no row can be used: {why}")
+    if skipped:
+        named = ", ".join(f"row {number} (id {row.get('id')})" for number, row in skipped[:3])
+        console.print(f"{path}: {len(skipped)} of {len(rows)} rows skipped, {why}: {named}"
+                      + ", ..." * (len(skipped) > 3), markup=False, soft_wrap=True)
+    return kept
 
 
 def check_golden(row: dict[str, Any], where: str) -> None:
-    """Raises UserError unless golden_answers is a list of at least one text."""
+    """Raises UserError unless golden_answers is a list of texts."""
     golden = row["golden_answers"]
-    if not (isinstance(golden, list) and golden and all(isinstance(text, str) for text in golden)):
-        raise UserError(f"{where}: golden_answers must be a list of at least one text")
+    if not (isinstance(golden, list) and all(isinstance(text, str) for text in golden)):
+        raise UserError(f"{where}: golden_answers must be a list of texts")
 
 
 def whole_batches(path: Path, ids: list[str], batch_size: int) -> list[dict[str, Any]]:
@@ -83,9 +120,19 @@ def whole_batches(path: Path, ids: list[str], batch_size: int) -> list[dict[str,
     return records
 
 
+def json_line(row: dict[str, Any]) -> str:
+    """A row as a line of JSON. Half of a surrogate pair, which UTF-8 can't hold, is escaped."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row) + "\n"
+    return line
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file atomically: a killed process leaves the old file or the new one."""
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    replace_file(path, "".join(map(json_line, rows)))
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -107,7 +154,7 @@ def write_json(path: Path, value: Any) -> None:
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows in one write, flushed to the disk: a later crash can't lose them."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write("".join(map(json_line, rows)))
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,20 +2,95 @@
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from plumbing.cli import markdown_table
+from plumbing.cli import UserError, markdown_table, print_table
 from plumbing.engines import SearchEngine, SearchRequest, SearchResult
 from plumbing.episodes import episode_text, read_episodes, simulated_samples, telling_pairs
 from plumbing.files import read_jsonl
+from plumbing.formats import published_row
 from plumbing.generate import Generation, Generator, Sampling
 from plumbing.report import draw_costs, draw_em, draw_hops, draw_training, with_interval
 from plumbing.runfolder import is_run, read_config
 from plumbing.text import neutralize
+
+
+def show_summary(title: str, metrics: dict[str, dict[str, float]], counts: Sequence[str]) -> None:
+    """Print the metrics of an evaluation. counts: those that are no percentages."""
+    rows = [[name + ", %" * (name not in counts), str(m["n"]), f"{m['mean']:.2f}",
+             f"{m['low']:.2f} to {m['high']:.2f}"]
+            for name, m in metrics.items()]
+    print_table(title, ["", "n", "mean", "95 % interval"], rows)
+
+
+PAPER_NOTE = """\
+Cells: mean, 95 % interval (Wilson's of a proportion, else the bootstrap's), number of questions n.
+The paper's figures are taken as they stand: of 500 questions a benchmark, Bamboogle's of 125 or 72.
+em is equality after normalisation. The published code calls a substring match EM, so the paper's
+rows of trained policies are probably cover_em (--metric cover_em), which is never below em."""
+
+
+def print_beside_paper(results: list[dict], benchmarks: Sequence[str], metric: str = "em",
+                       paper_row: str | None = None, paper_model: str | None = None,
+                       markdown: bool = False) -> None:
+    """Print results (of results.json) as rows by benchmark, each above the paper's row and the
+    difference, which only a metric that the paper prints has."""
+    groups: dict[tuple[str, str], dict[str, dict]] = {}
+    for r in results:
+        group = groups.setdefault((r["method"], r["model"]), {})
+        if r["benchmark"] in group:
+            raise UserError(f"two runs of {r['method']} with {r['model']} on {r['benchmark']}")
+        if metric not in r["metrics"]:
+            raise UserError(f"the results of {r['method']} on {r['benchmark']} lack {metric}")
+        group[r["benchmark"]] = {"n": r["n"]} | r["metrics"][metric]
+    known = {name for group in groups.values() for name in group}
+    columns = [*(name for name in benchmarks if name in known),
+               *sorted(known.difference(benchmarks)), "avg"]
+    rows, joint = [], "<br>" if markdown else "\n"
+    for (method, model), ours in groups.items():
+        label, theirs = published_row(paper_model, paper_row, method)
+        ours |= {"avg": average(ours, benchmarks)} if ours.keys() >= set(benchmarks) else {}
+        shared = [c for c in ours if c in theirs and metric != "f1"]
+        cells = {", ".join(filter(None, (method, model))): {c: cell(ours[c], joint) for c in ours}}
+        if theirs:
+            cells[f"  paper: {label}"] = {c: f"{value:.1f}" for c, value in theirs.items()}
+            cells["  difference"] = {c: cell(ours[c], joint, theirs[c]) for c in shared}
+        rows += [[name, *(row.get(c, "-") for c in columns)] for name, row in cells.items()]
+    if markdown:
+        print(markdown_table([f"{metric}, %", *columns], rows))
+    else:
+        print_table(f"{metric}, %, beside the paper", ["", *columns], rows)
+    print("\n" * markdown + PAPER_NOTE)
+
+
+def cell(m: dict[str, float], joint: str, paper: float | None = None) -> str:
+    """Mean, 95 % interval and number of questions; or the difference from the paper's figure."""
+    sign, less = ("", 0.0) if paper is None else ("+", paper)
+    mean, low, high = (f"{m[key] - less:{sign}.1f}" for key in ("mean", "low", "high"))
+    return joint.join((mean, f"{low} to {high}", f"n {m['n']}"))
+
+
+def average(ours: dict[str, dict[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """The mean of several benchmarks, and its interval from theirs: squared distances of
+    independent figures add up, below and above apart (Zou and Donner 2008)."""
+    parts = [ours[name] for name in names]
+    mean = math.fsum(m["mean"] for m in parts) / len(parts)
+    below, above = (math.hypot(*(m["mean"] - m[end] for m in parts)) / len(parts)
+                    for end in ("low", "high"))
+    return {"mean": mean, "low": mean - below, "high": mean + above,
+            "n": sum(m["n"] for m in parts)}
+
+
+def run_names(runs: list[Path]) -> dict[str, Path]:
+    """Each run by its folder's name, or by its path where another has the same name."""
+    folders = [run.resolve().name for run in runs]
+    return {str(run) if folders.count(folder) > 1 else folder: run
+            for folder, run in zip(folders, runs)}
 
 
 def evaluation_section(evaluations: dict[str, dict], difference: str | None,
@@ -31,11 +106,13 @@ def evaluation_section(evaluations: dict[str, dict], difference: str | None,
         searches = with_interval(r["metrics"]["searches"], 2)
         kind = [r["benchmark"], r["method"], r["engine"], str(r["n"])]
         rows.append([name, *kind, *scores, searches])
-    parts = ["## Test", "Greedy answers against the golden ones; in brackets the 95 % bootstrap "
-             "interval.", markdown_table(header, rows, text_columns=4)]
+    parts = ["## Test", "Answers against the golden ones; in brackets the 95 % interval: Wilson's "
+             "of a proportion, else the bootstrap's.",
+             markdown_table(header, rows, text_columns=4)]
     parted = {name: r["by_hops"] for name, r in evaluations.items() if r.get("by_hops")}
     if hops := sorted({hop for by_hops in parted.values() for hop in by_hops}):
-        rows = [[name, *(with_interval(found[hop]["em"]) if hop in found else "-" for hop in hops)]
+        rows = [[name, *(f"{with_interval(found[hop]['em'])}, n {found[hop]['n']}" if hop in found
+                         else "-" for hop in hops)]
                 for name, found in parted.items()]
         parts.append(markdown_table(["EM, %, by number of hops", *hops], rows))
     draw_em(evaluations, out / "em.png")
@@ -48,14 +125,20 @@ def evaluation_section(evaluations: dict[str, dict], difference: str | None,
     return parts
 
 
-def difference_sentence(a: str, b: str, result: dict) -> str:
-    """A paired difference in words."""
-    em, f1 = result["em"], result["f1"]
-    verdict = "above 0" if em["low"] > 0 else "below 0" if em["high"] < 0 else "it holds 0"
-    return (f"The same {result['n']} questions, **{b}** minus **{a}**: EM {em['difference']:+.1f} "
-            f"points (95 % interval {em['low']:+.1f} to {em['high']:+.1f}: {verdict}; "
-            f"p = {em['p']:.4f}), F1 {f1['difference']:+.1f} "
-            f"({f1['low']:+.1f} to {f1['high']:+.1f}).")
+def paired_sentence(evaluations: dict[str, dict], names: dict[str, Path],
+                    paired_difference: Callable[[Path, Path], dict]) -> str | None:
+    """The difference of two agents in words, or why there is none; None for one agent, or three."""
+    agents = [name for name, r in evaluations.items() if r["method"] == "agent"]
+    if len(agents) != 2:
+        return None
+    a, b = agents
+    try:
+        result = paired_difference(names[a], names[b])
+    except UserError as error:  # it alone needs predictions.jsonl
+        return f"No paired difference of {a} and {b}: {error}."
+    em, f1 = (f"{d['difference']:+.1f} points (95 % interval {d['low']:+.1f} to {d['high']:+.1f}, "
+              f"p = {d['p']:.4f}: {d['verdict']})" for d in (result["em"], result["f1"]))
+    return f"The same {result['n']} questions, **{b}** minus **{a}**: EM {em}, F1 {f1}."
 
 
 def episodes_section(agents: list[Path]) -> list[str]:

@@ -95,13 +95,12 @@ def draw_em(evaluations: dict[str, dict], path: Path) -> None:
             errors = [[em["mean"] - em["low"]], [em["high"] - em["mean"]]]
             ax.barh(place, em["mean"], color=colours[r["method"]], height=0.62, xerr=errors,
                     error_kw={"capsize": 3})
-            ax.annotate(f"{em['mean']:.1f}", (em["high"], place), (6, 0),
+            ax.annotate(f"{em['mean']:.1f}, n {r['n']}", (em["high"], place), (6, 0),
                         textcoords="offset points", va="center")
         labels = [name if r["method"] in name else f"{name} ({r['method']})" for name, r in bars]
-        counts = " or ".join(sorted({str(r["n"]) for _, r in bars}))
-        horizontal_bars(ax, labels, f"{benchmark}, {counts} questions")
+        horizontal_bars(ax, labels, benchmark)
         ax.set_xlim(0, 100)
-    axes[-1].set_xlabel("exact match, %, with 95 % bootstrap interval")
+    axes[-1].set_xlabel("exact match, %, with 95 % interval; n: number of questions")
     save_figure(fig, path)
 
 

@@ -45,9 +45,12 @@ def word_f1(given: str, gold: str) -> float:
 def cover_em(answer: str | None, golden_answers: list[str]) -> float:
     """1 if a normalised golden answer is a substring of the normalised answer, else 0.
 
-    ZeroSearch's code calls this EM. A golden answer that normalises to "" never matches."""
-    given = normalize_answer(answer or "")
-    return float(any(gold in given for gold in map(normalize_answer, golden_answers) if gold))
+    The published code calls this EM. As there, a golden answer that normalises to "" is a substring
+    of every answer, and no answer at all (None) scores 0."""
+    if answer is None:
+        return 0.0
+    given = normalize_answer(answer)
+    return float(any(gold in given for gold in map(normalize_answer, golden_answers)))
 
 
 def contains_answer(text: str, answers: Iterable[str]) -> bool:
@@ -94,9 +97,11 @@ def load_prompts(path: Path | None = None) -> Prompts:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     for table, entries in custom.items():
-        for name, wording in entries.items():
+        for name, wording in entries.items() if isinstance(entries, dict) else [(None, entries)]:
             if name not in prompts.get(table, {}):
                 raise UserError(f"{path}: the kit has no template {table}.{name}")
+            if not isinstance(wording, str):
+                raise UserError(f"{path}: {table}.{name} must be a text")
             prompts[table][name] = wording
     return prompts
 

@@ -51,8 +51,8 @@ def test_em_and_f1_equal_torchmetrics():
 @pytest.mark.parametrize(("answer", "golds", "expected"), [
     ("It is the Eiffel Tower.", ["eiffel tower"], 1), ("Rome", ["Paris", "Rome!"], 1),
     ("Parisian", ["Paris"], 1),  # a substring, not a word: that is what the published code does
-    ("Rome", ["The", "*"], 0),  # nothing is left of these; as substrings they would be everywhere
-    ("Rome", ["Paris"], 0), ("", ["Paris"], 0), (None, ["Paris"], 0)])
+    ("Rome", ["The", "*"], 1),  # nothing is left of these: a substring of every answer
+    ("", ["The"], 1), (None, ["The"], 0), ("Rome", ["Paris"], 0), ("", ["Paris"], 0)])
 def test_cover_em(answer, golds, expected):
     assert cover_em(answer, golds) == expected
 
@@ -72,10 +72,25 @@ def test_score_is_stable_to_the_last_digit(jsonl, capsys):
         [997, 100 * answers.count("x") / 997, 100 * sum(map(bool, answers)) / 997])
 
 
+def score_interval(percent, n):
+    """Wilson's interval: the p of which the observed share is 1.96 standard errors away."""
+    share, z2 = percent / 100, 1.959964**2
+    roots = np.roots([1 + z2 / n, -(2 * share + z2 / n), share**2]).real
+    return [100 * x for x in sorted(roots)]
+
+
+def test_interval_of_a_proportion_is_wilsons():
+    for n, right in ((8, 0), (8, 8), (60, 21), (500, 1)):
+        (m,) = evaluate.summarize([{"em": 100.0 * (i < right)} for i in range(n)]).values()
+        assert m["n"] == n and m["mean"] == pytest.approx(100 * right / n)
+        assert [m["low"], m["high"]] == pytest.approx(score_interval(m["mean"], n), abs=1e-5)
+    assert evaluate.wilson(0.0, 8) == pytest.approx((0, 32.44), abs=0.01)
+
+
 def test_bootstrap_interval_is_the_binomial_one():
-    """Resampling 0s and 1s makes binomial means, whose percentiles can be written down."""
+    """Resampling two values makes binomial means, whose percentiles can be written down."""
     n, ones = 60, 21
-    interval = evaluate.summarize([{"em": float(i < ones)} for i in range(n)])["em"]
+    interval = evaluate.summarize([{"f1": float(i < ones)} for i in range(n)])["f1"]
     share = ones / n
     chances = [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)]
     low, high = np.searchsorted(np.cumsum(chances), [0.025, 0.975]) / n
@@ -243,11 +258,18 @@ BY_HAND = {
 }
 
 
-def summary(rows):
-    """One of three resamples in 27 holds the least or the greatest alone: they are the interval."""
-    return {name: {"mean": pytest.approx(math.fsum(column) / len(column)),
-                   "low": pytest.approx(min(column)), "high": pytest.approx(max(column))}
-            for name, column in zip(METRICS, zip(*rows))}
+def summary(rows, recall):
+    """Wilson's interval of a proportion. Else the bootstrap's: one of three resamples in 27 holds
+    the least or the greatest alone."""
+    columns, result = dict(zip(METRICS, zip(*rows))), {}
+    columns |= {"recall": [0.0] * len(rows)} if recall else {}  # no document holds an answer
+    for name, column in columns.items():
+        mean, ends = math.fsum(column) / len(column), [min(column), max(column)]
+        if name not in ("searches", "tokens") and {*column} <= {0, 100}:
+            ends = score_interval(mean, len(column))
+        low, high = (pytest.approx(end, abs=1e-5) for end in ends)
+        result[name] = {"n": len(column), "mean": pytest.approx(mean), "low": low, "high": high}
+    return result
 
 
 @pytest.mark.parametrize("method", BY_HAND)
@@ -261,9 +283,12 @@ def test_evaluation_by_hand(run, capsys, tokenizer, method):
     assert [(call.sampling, len(call.prompts)) for call in asked] == [
         (Sampling(n, 0.0, stop), len(part)) for (n, stop), part in calls]
     turns = {who: itertools.count() for who in ASKED}
+    condensed = (draw_seed("search", 5, 0, who, 0, turn) for who, _, turn in searches)
     assert done.generator.seeds == [
-        draw_seed("policy", 5, 0, who, 0, next(turns[who])) if call == TURN else 5
-        for call, who, *_ in lines]
+        draw_seed("policy", 5, 0, who, 0, next(turns[who])) if call == TURN
+        else next(condensed) if "boil" in prompt
+        else draw_seed("method", 5, who, 0, len(encode(tokenizer, prompt)))
+        for call, who, prompt, _ in lines]
     (load,) = done.loads
     assert (load["name"], load["engine"], load["needs_ids"]) == (done.model, "hf", True)
     assert done.engine.requests == [
@@ -296,17 +321,18 @@ def test_evaluation_by_hand(run, capsys, tokenizer, method):
     assert results.pop("seconds") == math.fsum(record["seconds"] for record in records)
     assert results == {
         "benchmark": "data", "method": method, "model": done.model, "engine": engine, "n": 3,
-        "failed": 0, "metrics": summary(rows),
-        "by_hops": {"1": {"n": 2} | summary(rows[:2]), "2": {"n": 1} | summary(rows[2:])},
+        "samples": 1, "failed": 0, "metrics": summary(rows, searches),
+        "by_hops": {"1": {"n": 2} | summary(rows[:2], searches),
+                    "2": {"n": 1} | summary(rows[2:], searches)},
     }
     assert settings == json.loads((done.out / "config.json").read_text())["settings"]
     used = OPTIONS | {"method": method, "engine": engine, "simulator_max_tokens": 600}
     assert settings | used == settings
     captured = capsys.readouterr()
     assert f"data,{method},{done.model}:3questions" in "".join(captured.out.split())
-    figures = [line.replace(", %", "").split()[:2] for line in captured.out.splitlines()
+    figures = [line.replace(", %", "").split()[:3] for line in captured.out.splitlines()
                if line.strip().startswith(METRICS)]
-    assert figures == [[name, f"{mean:.2f}"] for name, mean in zip(METRICS, means)]
+    assert figures == [[name, "3", f"{mean:.2f}"] for name, mean in zip(METRICS, means)]
     assert f"EM {means[0]:.1f} %" in captured.err and "generation: fake" in captured.err
 
 
@@ -449,17 +475,20 @@ def test_score_and_compare_print_what_the_runs_hold(run, jsonl, capsys):
         **{n: metrics[n]["mean"] for n in METRICS[:4]}}
     command(evaluate, "score", b.out / "predictions.jsonl")
     lines = printed(capsys)
-    assert "f1, % 88.89 66.67 to 100.00" in lines and "answered, % 100.00 100.00 to 100.00" in lines
+    for line in ("f1, % 3 88.89 66.67 to 100.00", "answered, % 3 100.00 43.85 to 100.00"):
+        assert line in lines
     command(evaluate, "compare", a.out, turned)
     lines = printed(capsys)
-    for line in ("A B B - A 95 % interval p", "em 33.33 66.67 +33.33 +0.00 to +100.00 1.0000",
-                 "f1 55.56 88.89 +33.33 +0.00 to +66.67 0.5000", "3 questions, in percent",
-                 "cover_em 66.67 66.67 +0.00 +0.00 to +0.00 1.0000"):
+    for line in ("A B B - A 95 % interval p B is", "3 questions, in percent",
+                 "em 33.33 66.67 +33.33 -31.58 to +71.78 1.0000 can't tell",
+                 "f1 55.56 88.89 +33.33 +0.00 to +66.67 0.5000 can't tell",
+                 "cover_em 66.67 66.67 +0.00 -47.14 to +47.14 1.0000 can't tell"):
         assert line in lines
     command(evaluate, "compare", a.out, turned, "--json")
     result = json.loads(capsys.readouterr().out)
     assert result["n"] == 3 and result["em"] == pytest.approx(
-        {"a": 100 / 3, "b": 200 / 3, "difference": 100 / 3, "low": 0, "high": 100, "p": 1})
+        {"a": 100 / 3, "b": 200 / 3, "difference": 100 / 3, "low": -31.58007, "high": 71.77751,
+         "p": 1, "verdict": "can't tell"})
 
 
 def evaluation(folder, **more):
@@ -483,7 +512,8 @@ SEARCHED = question(7, ["Lima"]) | {
 def table_rows(capsys, *arguments):
     """Cells of the Markdown that `table` prints, by the first of each row."""
     command(evaluate, "table", *arguments, "--markdown")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed(capsys)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed(capsys)
+            if line.startswith("|")]
     return {name: cells for name, *cells in rows}
 
 
@@ -493,11 +523,14 @@ def test_table_stands_beside_the_paper(tmp_path, capsys):
     runs = [evaluation(tmp_path / name, benchmark=name, method="rag", model=model, metrics={
         "em": {"mean": x, "low": x - 4, "high": x + 4}}) for name, x in zip(names, range(30, 38))]
     rows = table_rows(capsys, *runs[::-1], "--paper-model", "Qwen-2.5-7B")
-    assert rows["EM, %"] == [*names, "avg"] and rows[f"rag, {model}"][0] == "30.0 ±4.0"
-    assert rows[f"rag, {model}"][-1] == "33.0 ±1.5"  # 4 / sqrt(7)
+    assert rows["em, %"] == [*names, "avg"]
+    assert rows[f"rag, {model}"][0] == "30.0<br>26.0 to 34.0<br>n 77"
+    # half an interval: 4 / sqrt(7)
+    assert rows[f"rag, {model}"][-1] == "33.0<br>31.5 to 34.5<br>n 539"
     assert rows["paper: table3/Qwen-2.5-7B/RAG"] == [
         "27.4", "58.2", "17.8", "25.8", "23.2", "9.4", "16.8", "-", "25.5"]
-    assert rows["difference"][0] == "+2.6 ±4.0" and rows["difference"][-2:] == ["-", "+7.5 ±1.5"]
+    assert rows["difference"][0] == "+2.6<br>-1.4 to +6.6<br>n 77"
+    assert rows["difference"][-2:] == ["-", "+7.5<br>+6.0 to +9.0<br>n 539"]
     command(evaluate, "table", runs[0], "--paper-model", "Qwen-2.5-7B")
     assert "+2.6" in capsys.readouterr().out
     with pytest.raises(UserError, match="two runs"):
@@ -515,9 +548,13 @@ def test_table_stands_beside_the_paper(tmp_path, capsys):
 def test_a_row_of_the_paper_is_named(tmp_path, capsys, row, avg):
     runs = [evaluation(tmp_path / name, benchmark=name) for name in evaluate.BENCHMARKS]
     rows = table_rows(capsys, *runs, *(["--paper-row", row] if row else []))
-    assert rows["agent, x/Qwen2.5-3B"] == ["10.0 ±1.5"] * 7 + ["10.0 ±0.6"]
-    assert rows[f"paper: {row or 'no row named'}"][-1] == (f"{avg:.1f}" if row else "-")
-    assert rows["difference"][-1] == (f"{10 - avg:+.1f} ±0.6" if row else "-")
+    # below 1 / sqrt(7), above 2 / sqrt(7)
+    assert rows["agent, x/Qwen2.5-3B"] == ["10.0<br>9.0 to 12.0<br>n 77"] * 7 + [
+        "10.0<br>9.6 to 10.8<br>n 539"]
+    if row is None:
+        return
+    assert rows[f"paper: {row}"][-1] == f"{avg:.1f}"
+    assert rows["difference"][-1].partition("<")[0] == f"{10 - avg:+.1f}"
 
 
 def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
@@ -554,10 +591,10 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
     for line in (
         "| engine | n | EM, % | F1, % | cover-EM, % | searches a question |",
         f"| one | nq | agent | bm25 {metrics}", f"| three | popqa | rag | http {metrics}",
-        "| EM, %, by number of hops | 1 | 2 |", "| two | - | 52.0 (40.0 to 60.0) |",
-        "| one | 51.0 (40.0 to 60.0) | 52.0 (40.0 to 60.0) |",
-        "The same 2 questions, **two** minus **one**: EM +50.0 points (95 % interval +0.0 to "
-        "+100.0: it holds 0; p = 1.0000), F1 +50.0 (+0.0 to +100.0).",
+        "| EM, %, by number of hops | 1 | 2 |", "| two | - | 52.0 (40.0 to 60.0), n 5 |",
+        "| one | 51.0 (40.0 to 60.0), n 5 | 52.0 (40.0 to 60.0), n 5 |",
+        "The same 2 questions, **two** minus **one**: EM +50.0 points (95 % interval -27.3 to "
+        "+90.5, p = 1.0000: can't tell), F1 +50.0 points (95 % interval -27.3 to +90.5, ",
         "| run | steps | reward | searches an episode | noise p | held-out reward |",
         "| zero | 3 | 0.00 to 0.20 | 1.00 to 3.00 | 0.50 to 0.46 | 0.20 to 0.50 |",
         "### Turned right", "### Right before and after", "=> answered 'x': wrong (golden answer: "
@@ -640,8 +677,8 @@ def test_report_tells_what_it_lacks(tmp_path, monkeypatch, jsonl):
     (out / "seconds.txt").write_text("policy: 120 s\n")
     command(evaluate, "report", *agents, "--out", out)
     text = (out / "report.md").read_text()
-    assert ("**trained** minus **warm**: EM +75.0 points (95 % interval +37.5 to +100.0: above 0; "
-            "p = 0.0312)") in text
+    assert ("**trained** minus **warm**: EM +75.0 points (95 % interval +28.0 to +92.9, "
+            "p = 0.0312: higher)") in text
     assert "| policy | 120 s |" in text and "## Training" not in text
 
 
@@ -739,7 +776,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, jsonl, capsys, monkeypatch):
         "unknown benchmark 'nqq'": (*fresh[:5], "--benchmark", "nqq"),
         "NAME or --data FILE": fresh[:5], f"{broken}:2: not JSON": (*fresh, "--data", broken),
         "gold.jsonl:2: golden_answers": (
-            *fresh, "--data", jsonl("gold.jsonl", [question(0), question(1, answers=[])])),
+            *fresh, "--data", jsonl("gold.jsonl", [question(0), question(1, answers=[3])])),
         "an id occurs twice": (*fresh, "--data", jsonl("twice.jsonl", [question()] * 2)),
         "no such file": (*fresh, "--data", tmp_path / "none.jsonl"),
         "--top-k must be at least 1, not 0": (*fresh, "--top-k", 0),
@@ -752,7 +789,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, jsonl, capsys, monkeypatch):
         "no corpus": (*again, "--overwrite", "--corpus", tmp_path / "no corpus"),
         "--method guess: there are agent": (*fresh, "--method", "guess"),
         "wrong.jsonl:1: answer": ("score", jsonl("wrong.jsonl", [question(answer=3)])),
-        "empty.jsonl:1: golden_answers": (
+        "no row can be used: no golden answer": (
             "score", jsonl("empty.jsonl", [question(answers=[], answer="y")])),
         "no field answer": ("score", jsonl("unanswered.jsonl", [question()])),
         "such as qb": ("compare", answers, others), "not the results of": ("table", used),
