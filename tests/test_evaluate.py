@@ -591,8 +591,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
     for line in (
         "| engine | n | EM, % | F1, % | cover-EM, % | searches a question |",
         f"| one | nq | agent | bm25 {metrics}", f"| three | popqa | rag | http {metrics}",
-        "| EM, %, by number of hops | 1 | 2 |", "| two | - | 52.0 (40.0 to 60.0), n 5 |",
-        "| one | 51.0 (40.0 to 60.0), n 5 | 52.0 (40.0 to 60.0), n 5 |",
+        "| EM, %, by number of hops | 1 | 2 |", "| two | - | 52.0 (40.0 to 60.0), n 6 |",
+        "| one | 51.0 (40.0 to 60.0), n 5 | 52.0 (40.0 to 60.0), n 6 |",
         "The same 2 questions, **two** minus **one**: EM +50.0 points (95 % interval -27.3 to "
         "+90.5, p = 1.0000: can't tell), F1 +50.0 points (95 % interval -27.3 to +90.5, ",
         "| run | steps | reward | searches an episode | noise p | held-out reward |",
