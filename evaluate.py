@@ -16,7 +16,7 @@ rollout, greedy and without noise.
 \b
     python evaluate.py run --benchmark world --model runs/demo/policy/model --out runs/demo/test
     python evaluate.py run --benchmark nq,hotpotqa --model smollm2 --corpus FILE --out runs/test
-    python evaluate.py compare runs/demo/test-warmup runs/demo/test-policy
+    python evaluate.py compare runs/demo/before-rl runs/demo/after-rl
     accelerate launch evaluate.py run ...          # each batch is split over the processes
 
 Exact match (em) is SQuAD's: equality after normalisation. Some published code, ZeroSearch's too,

@@ -13,10 +13,10 @@ WORLD=data/world
 # The budget. Three numbers: questions of one, two and three hops. The warm start sees few long
 # searches: it is to teach the template, and RL when to search again.
 OUT=${DEMO:-runs/demo} TRAJECTORIES="480 480 240" PAIRS=840 PROBES=160 WARMUP="64 56 8"
-STEPS=6 PROMPTS=8 ROLLOUTS=5 QUESTIONS=300
+STEPS=6 PROMPTS=8 ROLLOUTS=5 HELD_OUT=64 QUESTIONS=300
 if [ "${1:-}" = quick ]; then
     OUT=${DEMO:-runs/demo-quick} TRAJECTORIES="48 48 24" PAIRS=48 PROBES=32 WARMUP="16 14 2"
-    STEPS=2 PROMPTS=2 ROLLOUTS=2 QUESTIONS=16
+    STEPS=2 PROMPTS=2 ROLLOUTS=2 HELD_OUT=8 QUESTIONS=16
 fi
 LIMITS="--top-k 3 --max-searches 3 --tokens-per-turn 64 --context-tokens 1024 --observation-tokens 200"
 TEST="--benchmark world --corpus $WORLD/passages.jsonl --limit $QUESTIONS $LIMITS
@@ -63,15 +63,16 @@ policy() {
         --simulator "$OUT/simulator/model" --simulator-max-tokens 160 --algorithm grpo --lr 1e-5 \
         --kl-coef 0.001 --p-end 0.15 --steps $STEPS --prompts-per-step $PROMPTS \
         --rollouts $ROLLOUTS --batch-tokens 1536 $LIMITS --generator "$GENERATOR" \
+        --eval-every 2 --eval-data $WORLD/dev.jsonl --eval-engine bm25 --eval-limit $HELD_OUT \
         --seed "$SEED" --overwrite
 }
 
 test_set() { # looked at once
-    $PY evaluate.py run --method direct --model smollm2 --engine none $TEST --out "$OUT/test-direct"
-    $PY evaluate.py run --method rag --model smollm2 $TEST --out "$OUT/test-rag"
-    $PY evaluate.py run --model "$OUT/warmup/model" $TEST --out "$OUT/test-warmup"
-    $PY evaluate.py run --model "$OUT/policy/model" $TEST --out "$OUT/test-policy"
-    $PY evaluate.py compare "$OUT/test-warmup" "$OUT/test-policy"
+    $PY evaluate.py run --method direct --model smollm2 --engine none $TEST --out "$OUT/direct"
+    $PY evaluate.py run --method rag --model smollm2 $TEST --out "$OUT/rag"
+    $PY evaluate.py run --model "$OUT/warmup/model" $TEST --out "$OUT/before-rl"
+    $PY evaluate.py run --model "$OUT/policy/model" $TEST --out "$OUT/after-rl"
+    $PY evaluate.py compare "$OUT/before-rl" "$OUT/after-rl"
 }
 
 bill() {
@@ -80,7 +81,7 @@ bill() {
 }
 
 report() {
-    $PY evaluate.py report "$OUT/policy" "$OUT"/test-{direct,rag,warmup,policy} --out "$OUT"
+    $PY evaluate.py report "$OUT/policy" "$OUT"/{direct,rag,before-rl,after-rl} --out "$OUT"
 }
 
 mkdir -p "$OUT"
