@@ -368,7 +368,8 @@ def supervised_gradient(accelerator: Accelerator, scorer, batch: list[Sequence],
     total = sum(sum(sequence.mask[1:]) for sequence in batch)
     mine = batch[accelerator.process_index :: accelerator.num_processes]
     loss = torch.zeros((), device=accelerator.device)
-    for part in same_count(accelerator, micro_batches(mine, budget)):
+    parts = micro_batches(mine, budget, accelerator.unwrap_model(scorer).packed)
+    for part in same_count(accelerator, parts):
         ids, mask = collate([mine[i] for i in part] or [NOTHING], accelerator.device)
         logprobs, _ = scorer(ids, mask)
         part_loss = -logprobs.sum() / total * bool(part)

@@ -46,7 +46,7 @@ from plumbing.models import (load_model, load_tokenizer, load_trained, make_acce
 from plumbing.ranks import Pass, Worker, balance_over_ranks, pad, unpad
 from plumbing.rates import PhaseClock, peak_flops, rates
 from plumbing.runfolder import FolderSettings, RunFolder
-from plumbing.scorer import Critic, Sequence, TokenScorer, collate, micro_batches, same_count
+from plumbing.scorer import Critic, Sequence, TokenScorer, collate
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, Prompts, encode, exact_match, f1_score, fill, load_prompts,
                            neutralize, prompt_ids)
@@ -690,8 +690,8 @@ def train_epoch(trainer: Trainer, s: TrainSettings, sequences: list[Sequence], t
     train_all = kl_in_loss or trainer.critic is not None
     trained = [i for i, a in enumerate(targets.advantages) if train_all or a.any()]
     sums = dict.fromkeys(("policy", "kl", "entropy", "clipped", "gap", "value", "scored"), 0.0)
-    parts = micro_batches([sequences[i] for i in trained], s.batch_tokens)
-    for part in same_count(accelerator, parts):
+    for part in trainer.micro_batches([sequences[i] for i in trained], s.batch_tokens,
+                                      trainer.policy, trainer.critic):
         if not part:
             trainer.idle_backward(trainer.policy, trainer.critic)
             continue

@@ -4,6 +4,7 @@ PyTorch's FlexAttention can express both, but has no backward pass on a CPU.
 scaled_dot_product_attention repeats the keys of grouped heads and computes padding."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
                       scaling: float) -> Tensor:
     """Attention in which the query heads of a group share keys and values, without copies of them.
 
-    query (B, H, T, D), key and value (B, H_kv, S, D), mask (B, 1, T, S), True where a query sees a
-    key -> (B, T, H, D)."""
+    query (B, H, T, D), key (B, H_kv, S, D), value (B, H_kv, S, D'), mask (B, 1, T, S), True where a
+    query sees a key -> (B, T, H, D')."""
     B, H, T, D = query.shape
     heads, S = key.shape[1:3]
     groups = (B, heads, H // heads, T)
@@ -25,8 +26,14 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
     bias = bias[:, :, None].expand(*groups, S).reshape(B * heads, -1, S)
     query, key = query.reshape(B * heads, -1, D), key.reshape(B * heads, S, D)
     scores = torch.baddbmm(bias, query, key.mT, alpha=scaling)
-    out = scores.softmax(-1) @ value.reshape(B * heads, S, D)  # (B * H_kv, H / H_kv * T, D)
-    return out.view(B, H, T, D).transpose(1, 2)
+    out = scores.softmax(-1) @ value.reshape(B * heads, S, -1)  # (B * H_kv, H / H_kv * T, D')
+    return out.view(B, H, T, -1).transpose(1, 2)
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise NotImplementedError for what an architecture asks of its attention beyond masks."""
+    if any(arguments.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("attention with caps, sinks or a bias")
 
 
 def decoding_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
@@ -34,6 +41,7 @@ def decoding_attention(module, query, key, value, attention_mask, scaling=None, 
     """Grouped attention for one new token per row, PyTorch's for more (see `grouped_attention`).
 
     On a CPU this decodes 2.8 times as fast as scaled_dot_product_attention."""
+    check_arguments(kwargs)
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       **kwargs)
@@ -61,6 +69,7 @@ def packed_attention(module, query, key, value, attention_mask, layout=None, sca
     query (1, H, P, D), key and value (1, H_kv, P, D) -> (1, P, H, D). layout: `attention_blocks`.
     On a CPU in bfloat16, matrix products take 0.4 of the time of PyTorch's attention, forward and
     backward; their memory is quadratic in the row's length."""
+    check_arguments(kwargs)
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       **kwargs)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import plumbing.attention  # noqa: F401 (registers "decoding")
+from plumbing.cli import UserError, first_line
+from plumbing.scorer import CANT_RUN, PROBE, find_attention
 
 States = list[tuple[Tensor, Tensor]]  # keys and values of a row by layer: (H_kv, S, D) each
 
@@ -71,14 +73,15 @@ class HFGenerator:
     """Generation with Transformers: reproducible, with rows in lockstep and in fixed order.
 
     Keys and values of finished rows are kept until the next call: a prompt that continues one (the
-    next turn of an episode) computes its new tokens only."""
+    next turn of an episode) computes its new tokens only. Raises UserError for a model that can't
+    be decoded so."""
 
     name = "hf"
     concurrent = False
 
     def __init__(self, model, tokenizer, batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.model.set_attn_implementation("decoding")
+        check_decoding(model)
         self.kept: dict[tuple[int, ...], States] = {}  # by token ids
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -151,49 +154,59 @@ class HFGenerator:
 class DecodingBatch:
     """The key-value cache of one batch, with S columns.
 
-    New tokens are left-padded to one width, so a row can have padding in the middle: `mask` marks
-    it, and positions count real tokens only."""
+    Rows are padded on the left only, so that two tokens of a row are as many columns apart as
+    positions: what an attention window counts. `mask` (B, S) marks the tokens."""
 
     def __init__(self, model, prompts: list[list[int]], kept: dict[tuple[int, ...], States]):
         self.model, self.prompts = model, prompts
-        self.cache = DynamicCache()
-        parents = [longest_prefix(prompt, kept) for prompt in prompts]
-        self.rows = [list(parent) for parent in parents]  # ids whose keys and values are cached
-        self.mask = torch.zeros(len(prompts), 0, dtype=torch.long, device=model.device)  # (B, S)
+        self.parents = [longest_prefix(prompt, kept) for prompt in prompts]
+        self.states = [kept.get(parent) for parent in self.parents]
         self.finished: dict[tuple[int, ...], States] = {}
-        if all(parents):
-            self._load([kept[parent] for parent in parents])
+        self._start([[]])
 
-    def _load(self, states: list[States]) -> None:
-        longest = max(len(row) for row in self.rows)
-        pads = [longest - len(row) for row in self.rows]
-        for layer in range(len(states[0])):
-            pair = [torch.stack([nn.functional.pad(state[layer][i], (0, 0, pad, 0))
-                                 for state, pad in zip(states, pads)]) for i in (0, 1)]
-            self.cache.update(*pair, layer)
-        mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
-        self.mask = torch.tensor(mask, device=self.model.device)
+    def _start(self, rows: list[list[int]], states: Iterable[States] = ()) -> None:
+        """Begin with rows whose keys and values are known."""
+        longest = max(map(len, rows))
+        pads = [longest - len(row) for row in rows]
+        mask = [[0] * pad + [1] * len(row) for pad, row in zip(pads, rows)]
+        self.mask = torch.tensor(mask, dtype=torch.long, device=self.model.device)
+        self.rows, self.cache = [list(row) for row in rows], DynamicCache()
+        for layer, pairs in enumerate(zip(*states) if longest else ()):
+            self.cache.update(*(torch.stack([
+                nn.functional.pad(pair[i][:, : len(row)], (0, 0, pad, 0))
+                for pair, row, pad in zip(pairs, rows, pads)]) for i in (0, 1)), layer)
 
     def prefill(self) -> Tensor:
         """Compute the tokens of the prompts that are not cached -> next token's logits (B, V).
 
         Without kept rows, the prefix of all prompts is computed once, and so are equal prompts."""
-        if self.mask.shape[1]:
-            pairs = zip(self.prompts, self.rows, strict=True)
-            return self.forward([prompt[len(row) :] for prompt, row in pairs])
+        if all(self.parents):
+            return self._go_on(self.prompts, self.parents, self.states)
         unique = list(dict.fromkeys(map(tuple, self.prompts)))
-        shared = len(os.path.commonprefix([prompt[:-1] for prompt in unique]))
-        self.rows, self.mask = [[]], self.mask[:1]
+        shared = os.path.commonprefix([prompt[:-1] for prompt in unique])
         if shared:
-            self.forward([list(unique[0][:shared])])
-        self.select([0] * len(unique))
-        logits = self.forward([list(prompt[shared:]) for prompt in unique])
+            self.forward([list(shared)])
+            self.set_aside(0)
+        parents, states = [shared] * len(unique), [self.finished.pop(shared, None)] * len(unique)
+        logits = self._go_on(unique, parents, states)
         places = [unique.index(tuple(prompt)) for prompt in self.prompts]
         self.select(places)
         return logits[places]
 
+    def _go_on(self, prompts: list, parents: list[tuple[int, ...]],
+               states: list[States | None]) -> Tensor:
+        """The rest of the prompts after their parents, whose states are known.
+
+        Computes as many tokens in each row, in a shorter rest the parent's last ones too: padding
+        between parent and rest would cost as much."""
+        width = max(len(prompt) - len(parent) for prompt, parent in zip(prompts, parents))
+        known = [list(prompt[: max(0, len(prompt) - width)]) for prompt in prompts]
+        self._start(known, states if any(known) else ())
+        return self.forward([list(prompt[len(row) :]) for prompt, row in zip(prompts, known)])
+
     def forward(self, new: list[list[int]]) -> Tensor:
-        """Append new tokens to every row, left-padded to one width -> next logits (B, V)."""
+        """Append new tokens to every row, as many to each with cached ones -> next logits (B, V).
+        """
         width, device = max(map(len, new)), self.model.device
         pads = [[0] * (width - len(row)) for row in new]
         ids = torch.tensor([pad + row for pad, row in zip(pads, new)], device=device)  # (B, width)
@@ -218,6 +231,35 @@ class DecodingBatch:
         if self.cache.get_seq_length():
             self.cache.batch_select_indices(torch.tensor(places, device=self.mask.device))
         self.rows, self.mask = [list(self.rows[p]) for p in places], self.mask[places]
+
+
+def check_decoding(model) -> None:
+    """Set the attention with which DecodingBatch gives what a plain pass over each row gives: ours,
+    or else the architecture's own. Raises UserError if neither does, as of a model with states
+    other than keys and values."""
+    ids = torch.tensor(PROBE, device=model.device)
+
+    def plain() -> Tensor:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+                     ).logits[:, -1]
+
+    try:
+        find_attention(model, "decoding", ("decoding", "eager"), plain,
+                       lambda way: two_turns(model, PROBE))
+    except CANT_RUN as error:
+        raise UserError(f"{type(model).__name__} can't be sampled with --generator hf: "
+                        f"{first_line(error)}; vllm may do") from None
+
+
+def two_turns(model, rows: list[list[int]]) -> Tensor:
+    """The logits after two rows, computed in two turns of ragged prompts, and a last token."""
+    first = DecodingBatch(model, [rows[0][:2], rows[1][:5]], {})
+    first.prefill()
+    for place in (0, 1):
+        first.set_aside(place)
+    second = DecodingBatch(model, [row[:-1] for row in rows], first.finished)
+    second.prefill()
+    return second.forward([row[-1:] for row in rows])
 
 
 def longest_prefix(prompt: list[int], kept: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -48,8 +48,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32):
     Raises UserError."""
     transformers.utils.logging.disable_progress_bar()  # the kit shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype,
-                                                     attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"can't load the model {name!r}: {first_line(error)}") from None
     return model.eval()

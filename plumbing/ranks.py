@@ -28,6 +28,13 @@ class Worker:
     accelerator: Accelerator
     work: list[Pass] = field(default_factory=list, kw_only=True)
 
+    def micro_batches(self, sequences: list[Sequence], budget: int,
+                      *modules: nn.Module | None) -> list[list[int]]:
+        """Micro-batches that all the modules can compute, as many as on any other rank."""
+        modules = [self.accelerator.unwrap_model(module) for module in modules if module]
+        packed = all(module.packed for module in modules)
+        return same_count(self.accelerator, micro_batches(sequences, budget, packed))
+
     def evaluate(self, module: nn.Module, sequences: list[Sequence], budget: int,
                  **kwargs: Any) -> list[Tensor]:
         """A scorer's or critic's output without gradient, one tensor (L_i,) a sequence.
@@ -35,7 +42,7 @@ class Worker:
         budget: tokens of a micro-batch."""
         results: list[Tensor] = [torch.empty(0)] * len(sequences)
         with torch.no_grad():
-            for part in same_count(self.accelerator, micro_batches(sequences, budget)):
+            for part in self.micro_batches(sequences, budget, module):
                 batch = [sequences[i] for i in part]
                 out = module(*collate(batch or [NOTHING], self.accelerator.device), **kwargs)
                 out = out[0] if isinstance(out, tuple) else out

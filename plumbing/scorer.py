@@ -2,7 +2,9 @@
 
 Transformers' forward pass with labels computes logits (B, T, V), padding and shared prompts too."""
 
+import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.attention import attention_blocks
+from plumbing.cli import UserError, console, first_line
 
 
 @dataclass
@@ -40,30 +43,41 @@ def packed_states(decoder, ids: Tensor, mask: Tensor) -> Tensor:
     return out.last_hidden_state[0, places[:, :-1][mask[:, 1:].bool()]]
 
 
+def padded_states(model, ids: Tensor, mask: Tensor, output: str) -> Tensor:
+    """As `packed_states`, of any causal model: its own forward pass over rows padded on the right.
+
+    output: "logits" of a language model, or "last_hidden_state" of a decoder."""
+    out = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), use_cache=False)
+    return getattr(out, output)[:, :-1][mask[:, 1:].bool()]
+
+
 class TokenScorer(nn.Module):
     """A causal language model that scores only the masked tokens of a batch.
 
     The head (V: 49k-152k) runs only at positions that predict a masked token, `chunk` at a time.
-    Several chunks recompute their logits in the backward pass. There is no (B, T, V) tensor."""
+    Several chunks recompute their logits in the backward pass. There is no (B, T, V) tensor, unless
+    the model can't be packed (see `find_way`). Raises UserError for a model that it can't score."""
 
     def __init__(self, model, chunk: int = 1024):
         super().__init__()
         self.model, self.chunk = model, chunk
-        self.model.set_attn_implementation("packed")
         self._no_split_modules = model._no_split_modules  # FSDP reads the names of the layers here
+        self.packed, _ = find_way(model, model, "logits", lambda ids, mask: (
+            model.get_output_embeddings()(packed_states(model.get_decoder(), ids, mask))))
 
     def forward(self, ids: Tensor, mask: Tensor,
                 temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """ids, mask (B, T), of `collate` -> log-probs and entropies (N,) of the N masked tokens, in
         nats, in row order."""
-        hidden = packed_states(self.model.get_decoder(), ids, mask)  # (N, D)
+        states = (packed_states(self.model.get_decoder(), ids, mask) if self.packed  # (N, D)
+                  else padded_states(self.model, ids, mask, "logits"))  # (N, V)
         targets = ids[:, 1:][mask[:, 1:].bool()]  # (N,)
-        chunks = list(zip(hidden.split(self.chunk), targets.split(self.chunk)))
+        chunks = list(zip(states.split(self.chunk), targets.split(self.chunk)))
         if torch.is_grad_enabled() and len(chunks) > 1:
-            scores = [checkpoint(self._score, h, t, temperature, use_reentrant=False)
-                      for h, t in chunks]
+            scores = [checkpoint(self._score, s, t, temperature, use_reentrant=False)
+                      for s, t in chunks]
         else:  # a single chunk fits in memory: no recomputation
-            scores = [self._score(h, t, temperature) for h, t in chunks]
+            scores = [self._score(s, t, temperature) for s, t in chunks]
         logprobs, entropies = zip(*scores)
         return torch.cat(logprobs), torch.cat(entropies)
 
@@ -71,8 +85,8 @@ class TokenScorer(nn.Module):
         """Decoder and head."""
         return self.model.get_decoder(), self.model.get_output_embeddings()
 
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = self.model.get_output_embeddings()(hidden)
+    def _score(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = self.model.get_output_embeddings()(states) if self.packed else states
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, V)
         # A division by 1 is left out: every pass over the logits costs time.
         logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
@@ -87,18 +101,91 @@ class Critic(nn.Module):
     def __init__(self, model):
         super().__init__()
         self._no_split_modules = model._no_split_modules  # as in TokenScorer
-        model.set_attn_implementation("packed")
         self.decoder = model.get_decoder()
-        self.head = nn.Linear(model.config.hidden_size, 1)
+        self.packed, width = find_way(model, self.decoder, "last_hidden_state", lambda ids, mask: (
+            packed_states(self.decoder, ids, mask)))
+        self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask (B, T), of `collate` -> values (N,) of the N masked tokens, in row order."""
-        return self.head(packed_states(self.decoder, ids, mask)).squeeze(-1).float()
+        states = (packed_states(self.decoder, ids, mask) if self.packed
+                  else padded_states(self.decoder, ids, mask, "last_hidden_state"))
+        return self.head(states).squeeze(-1).float()
 
     def parts(self) -> tuple[nn.Module, nn.Module]:
         return self.decoder, self.head
+
+
+PROBE = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 13, 14, 15, 16, 17]]  # share a beginning of 3
+CANT_RUN = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def find_way(model, whole, output: str,
+             pack: Callable[[Tensor, Tensor], Tensor]) -> tuple[bool, int]:
+    """Set the attention with which a batch of rows gives what each row gives alone: packed, or else
+    padded, with PyTorch's attention or the architecture's own ("eager": nothing is left out).
+
+    Heads that scale or cap their logits, attention with caps, sinks or a mask of its own, layers
+    that mix neighbouring tokens can't be packed, and only a comparison finds all of them. Returns
+    whether rows are packed, and the output's width. Raises UserError if no way is right."""
+    ids, mask = collate([Sequence(row, [1] * len(row)) for row in (PROBE[0], PROBE[1][:5])],
+                        model.device)
+
+    def plain() -> Tensor:
+        long, short = getattr(whole(input_ids=torch.tensor(PROBE, device=model.device),
+                                    use_cache=False), output)  # of equal length: no padding
+        if not agree(long[:3], short[:3]):
+            raise ValueError("a token sees those after it")
+        return torch.cat([long[:-1], short[:4]])  # (N, V) or (N, D)
+
+    def batched(way: str) -> Tensor:
+        return pack(ids, mask) if way == "packed" else padded_states(whole, ids, mask, output)
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # no dropout
+    try:
+        way, width = find_attention(model, output, ("packed", "sdpa", "eager"), plain, batched)
+    except CANT_RUN as error:
+        raise UserError(f"{type(model).__name__} can't be trained: {first_line(error)}") from None
+    finally:
+        for module, training in modes:
+            module.training = training
+    return way == "packed", width
+
+
+FOUND: dict[str, tuple[str, int]] = {}  # by architecture and sizes: a reference is as its policy
+
+
+@torch.no_grad()
+def find_attention(model, what: str, ways: tuple[str, ...], plain: Callable[[], Tensor],
+                   batched: Callable[[str], Tensor]) -> tuple[str, int]:
+    """Set the first attention with which `batched` is `plain`, which the architecture's own
+    computes. Returns its name and the last dimension. Raises one of CANT_RUN if there is none."""
+    key = f"{what} {type(model).__name__} {getattr(model, 'config', model)!r}"
+    if key in FOUND:
+        model.set_attn_implementation(FOUND[key][0])
+        return FOUND[key]
+    model.set_attn_implementation("eager")
+    expected = plain()
+    for way in ways:
+        with contextlib.suppress(*CANT_RUN):
+            model.set_attn_implementation(way)
+            if agree(batched(way), expected):
+                if way != ways[0]:
+                    console.print(f"{type(model).__name__}: {ways[0]} attention would be wrong; "
+                                  f"{way} is right, and slower", style="yellow")
+                FOUND[key] = way, expected.shape[-1]
+                return FOUND[key]
+    raise ValueError("a batch of rows doesn't give what each row gives alone")
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by no more than rounding. NaN agrees with nothing."""
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 0.1
+    difference = (found - expected).float().norm()
+    return bool(difference <= tolerance * expected.float().norm())
 
 
 def collate(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -115,14 +202,17 @@ def own_tokens(sequence: Sequence, above: Sequence | None) -> int:
     return len(sequence.ids) - shared
 
 
-def micro_batches(sequences: list[Sequence], budget: int) -> list[list[int]]:
-    """Indices of sequences in batches of up to `budget` tokens, sorted to make prefixes adjacent.
+def micro_batches(sequences: list[Sequence], budget: int, packed: bool = True) -> list[list[int]]:
+    """Indices of sequences in batches of up to `budget` tokens.
 
-    Tokens shared with the sequence above in the batch are computed once and count once."""
+    packed: sorted to make prefixes adjacent; tokens shared with the sequence above in the batch are
+    computed once and count once. Else sorted by length, and padding counts."""
     batches: list[list[int]] = []
     above, filled = None, 0
-    for i in sorted(range(len(sequences)), key=lambda i: sequences[i].ids):
-        filled += own_tokens(sequences[i], above)
+    for i in sorted(range(len(sequences)),
+                    key=lambda i: sequences[i].ids if packed else len(sequences[i].ids)):
+        filled = (filled + own_tokens(sequences[i], above) if packed
+                  else len(sequences[i].ids) * (len(batches[-1]) + 1 if batches else 1))
         if above is None or filled > budget:
             batches.append([])
             filled = len(sequences[i].ids)

@@ -35,13 +35,13 @@ def test_scorer_equals_a_plain_pass_over_every_row(tokenizer, make, rows):
     """Log-probs, entropies and gradient, whatever the rows share; the decoder sees no token twice,
     and no padding."""
     model = make(len(tokenizer)).double().eval()
-    plain, seen = copy.deepcopy(model), []
+    plain, scorer, seen = copy.deepcopy(model), TokenScorer(model, chunk=7), []
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, out: seen.append(args[0].numel()))
     sequences = [Sequence(row, [int(t % 3 > 0 or t > 8) for t in range(len(row))]) for row in rows]
     sequences = [sequences[i] for part in micro_batches(sequences, 100_000) for i in part]
     ids, mask = collate(sequences, torch.device("cpu"))
-    logprobs, entropies = TokenScorer(model, chunk=7)(ids, mask, temperature=0.5)
+    logprobs, entropies = scorer(ids, mask, temperature=0.5)
     expected, entropy = [], []
     for s in sequences:
         logits = (plain(torch.tensor([s.ids])).logits[0] / 0.5).log_softmax(-1)
