@@ -13,9 +13,9 @@ METHODS="direct cot rag ra-agent search-o1 agent"
 for method in $METHODS; do
     begun=$([ -f "$OUT/$method/bamboogle/config.json" ] && echo --resume || echo --overwrite)
     $PY evaluate.py run --method "$method" --model smollm2 --benchmark all --data "$QA_DATA" \
-        --limit "$QUESTIONS" --engine bm25 --corpus "$QA_DATA/passages.jsonl.gz" --top-k 3 \
-        --max-searches 2 --tokens-per-turn 48 --context-tokens 1280 --observation-tokens 256 \
-        --generator hf --batch-size 15 --seed "$SEED" --out "$OUT/$method" $begun
+        --limit "$QUESTIONS" --engine bm25 --corpus "$QA_DATA/passages.jsonl.gz" --top-k 2 \
+        --max-searches 2 --tokens-per-turn 32 --context-tokens 1024 --observation-tokens 128 \
+        --generator hf --batch-size 30 --seed "$SEED" --out "$OUT/$method" $begun
 done
 
 folders=()
