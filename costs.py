@@ -181,10 +181,13 @@ def read_config(run_dir: Path) -> tuple[str, dict]:
 def read_metrics(run_dir: Path) -> tuple[list[dict], list[str]]:
     """The steps of a run, and notes on a line that was skipped. Raises UserError."""
     path = run_dir / "metrics.jsonl"
-    steps = read_jsonl(path, whole_lines=True)
+    steps, lines = read_jsonl(path, whole_lines=True), {}
     if not steps:
         raise UserError(f"{path}: no finished step")
     for line, step in enumerate(steps, start=1):
+        number = str(step.get("step", f"line {line}"))
+        if lines.setdefault(number, line) < line:
+            raise UserError(f"{path}:{line}: step {number} stands in line {lines[number]}, too")
         for key in COUNTERS:
             if step.get(key) is not None and not is_amount(step[key]):
                 raise UserError(f"{path}:{line}: {key} must be a number >= 0, got {step[key]!r}")
@@ -260,6 +263,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """What training runs cost, and what their searches would have cost at an API."""
+    if len({run_dir.resolve() for run_dir in runs}) < len(runs):
+        raise UserError("a run is named twice")
     costs = [run_cost(run_dir, load_prices(prices)) for run_dir in runs]
     together = sum_runs(costs)
     if as_json:  # strict JSON has no NaN
@@ -343,6 +348,9 @@ class PlanSettings(Settings):
 
     def check(self) -> None:
         super().check()
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value > 1e15:  # products stay finite
+                raise UserError(f"--{name.replace('_', '-')} must be at most 1e+15")
         if self.hours and self.seconds_per_step:
             raise UserError("give --hours or --seconds-per-step, not both")
 
@@ -353,7 +361,8 @@ def plan(s: PlanSettings) -> None:
 
     Without --hours and --seconds-per-step the hours are estimated from FLOPs: 2 x parameters for a
     token generated or prefilled, 6 x for a token trained. The default utilisation puts the paper's
-    set-up near its 12 hours."""
+    set-up near its 12 hours. An API is taken to answer at once: with it the policy's GPUs are paid
+    for the policy's hours alone. Hours that are given are taken for either engine."""
     prices = load_prices(s.prices)
     device, per_search = price_of("device", s.gpu, prices), search_bill(1, s.api, prices)
     peak = device.get("bf16_tflops")
@@ -364,15 +373,16 @@ def plan(s: PlanSettings) -> None:
     searches = s.steps * s.prompts * s.rollouts * s.searches
     print(f"{s.steps} steps x {s.prompts} prompts x {s.rollouts} rollouts x {s.searches:g} searches"
           f" = {searches:,.0f} searches")
-    hours = hours or estimate_hours(s, peak, searches)
-    print(f"{hours:,.2f} h on {s.gpu} at ${device['usd_per_hour']} an hour for each GPU\n")
-    gpu_usd = hours * device["usd_per_hour"]
-    print_bills(searches, s.simulator_gpus * gpu_usd, s.policy_gpus * gpu_usd, s.api, per_search)
+    at_api, hours = (hours, hours) if hours else estimate_hours(s, peak, searches)
+    rate = device["usd_per_hour"]
+    print(f"{hours:,.2f} h on {s.gpu} at ${rate} an hour for each GPU\n")
+    policy = {s.api: s.policy_gpus * at_api * rate, "simulator": s.policy_gpus * hours * rate}
+    print_bills(searches, s.simulator_gpus * hours * rate, policy, s.api, per_search)
 
 
-def estimate_hours(s: PlanSettings, peak_tflops: float, searches: float) -> float:
-    """Hours of a run from its FLOPs. Prints the terms."""
-    episodes, hours = s.steps * s.prompts * s.rollouts, 0.0
+def estimate_hours(s: PlanSettings, peak_tflops: float, searches: float) -> tuple[float, float]:
+    """Hours of the policy alone and of the whole run, from their FLOPs. Prints the terms."""
+    episodes, hours = s.steps * s.prompts * s.rollouts, []
     for who, gpus, flop, terms in (
         ("policy", s.policy_gpus, episodes * s.episode_tokens * (2 + 2 + 6) * s.policy_params,
          f"{episodes:,} episodes x {s.episode_tokens:,.0f} tokens"
@@ -384,18 +394,20 @@ def estimate_hours(s: PlanSettings, peak_tflops: float, searches: float) -> floa
         more = flop / (gpus * peak_tflops * 1e12 * s.utilisation) / 3600
         print(f"{who}: {terms} = {flop:.3g} FLOP\n"
               f"  / ({gpus} GPUs x {peak_tflops} TFLOP/s x {s.utilisation:g}) = {more:.2f} h")
-        hours += more  # the policy waits for its documents: the hours add up
-    return hours
+        hours.append(more)
+    return hours[0], sum(hours)  # the policy waits for its documents: the hours add up
 
 
-def print_bills(searches: float, rent: float, policy: float, api: str, per_search: float) -> None:
+def print_bills(searches: float, rent: float, policy: dict[str, float], api: str,
+                per_search: float) -> None:
     """Print the bill with either engine, the break-even point, and bills of other numbers. Dollars:
-    rent for the simulator's GPUs, policy for the policy's GPUs, per_search at the API."""
+    rent for the simulator's GPUs, policy: the policy's by engine, per_search at the API."""
     usd = searches * per_search
-    rows = [("search side", usd, rent), ("whole run", usd + policy, rent + policy)]
+    whole = usd + policy[api], rent + policy["simulator"]
+    rows = [("search side", usd, rent), ("whole run", *whole)]
     bill = [[name, dollars(at_api), dollars(simulated), percent(saving(simulated, at_api))]
             for name, at_api, simulated in rows]
-    bill.insert(1, ["policy's GPUs", dollars(policy), dollars(policy), ""])
+    bill.insert(1, ["policy's GPUs", dollars(policy[api]), dollars(policy["simulator"]), ""])
     print_table("The bill", ["", api, "simulator", "saved"], bill)
     if rent <= usd:
         print(f"Break-even: ${rent:,.2f} / ${per_search:.6g} a search"

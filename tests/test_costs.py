@@ -107,7 +107,8 @@ def write_run(folder: Path, lines: list[dict] | str, engine="simulator", hardwar
     folder.mkdir(parents=True)
     config = {"settings": {"engine": engine, "algorithm": "grpo"}, "hardware": hardware}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    text = lines if isinstance(lines, str) else "".join(json.dumps(x) + "\n" for x in lines)
+    text = lines if isinstance(lines, str) else "".join(
+        json.dumps(x | ({"step": i} if "step" in x else {})) + "\n" for i, x in enumerate(lines))
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     return folder
 
@@ -206,7 +207,9 @@ def test_plan_breaks_even_where_the_hand_does(ok):
     (["--policy-params=4e11", "--episode-tokens=100", "--simulator-params=1e11",
       "--search-tokens=25", "--utilisation=0.5"], [
         "/ (4 GPUs x 1 TFLOP/s x 0.5) = 1.67 h", "/ (1 GPUs x 1 TFLOP/s x 0.5) = 0.33 h",
-        "2.00 h on gpu at $3.6 an hour for each GPU"]),
+        "2.00 h on gpu at $3.6 an hour for each GPU",
+        # 4 GPUs at $3.6: with an API, which answers at once, for the policy's 1.67 h alone
+        "policy's GPUs $24.00 $28.80", "whole run $24.12 $36.00 -49.3 %"]),
 ], ids=["hours", "seconds", "flop"])
 def test_plan_takes_each_option(ok, prices, length, lines):
     printed = ok("plan", "--prices", prices, "--steps=2", "--prompts=3", "--rollouts=5",
@@ -228,6 +231,9 @@ def test_plan_takes_each_option(ok, prices, length, lines):
     (["plan", "--searches", "many"], "--searches"),
     (["plan", "--hours", "1", "--seconds-per-step", "1"], "not both"),
     (["plan", "--utilisation", "40"], "at most 1"),
+    (["plan", "--searches", "1e308"], "--searches must be at most 1e+15"),
+    (["plan", "--steps", "1" + "0" * 400], "--steps must be at most 1e+15"),
+    (["run", "one", "./one"], "a run is named twice"),
     (["plan", "--gpu", "cpu-core"], "no bf16_tflops"),
     (["plan", "--prices", "nowhere.toml"], "nowhere.toml"),
     (["run", "nowhere"], "config.json"),
@@ -245,6 +251,7 @@ def test_bad_arguments_are_one_line(refused, arguments, says):
      "one/metrics.jsonl:2: cost/searches must be a number >= 0, got 'many'"),
     ("one/metrics.jsonl", "{}", '{"time/step": -1}', "time/step must be a number >= 0, got -1"),
     ("one/metrics.jsonl", "{}", '{"time/step": NaN}', "time/step must be a number >= 0, got nan"),
+    ("one/metrics.jsonl", '"step": 2', '"step": 0', "metrics.jsonl:3: step 0 stands in line 1"),
     ("one/metrics.jsonl", ..., "", "no finished step"),
     ("one/metrics.jsonl", ..., None, "metrics.jsonl"),
     ("one/config.json", "Example GPU 80GB", "Unknown GPU", "no price for device 'Unknown GPU'; "
