@@ -13,6 +13,7 @@ from helpers import ALGORITHMS, exact_model, gradient, saved_episodes, settings
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import evaluate
 import sft_simulator as sim
 import train_rl as rl
 from plumbing.cli import leave
@@ -55,10 +56,23 @@ def supervised():
     return loss, torch.cat([p.grad.flatten() for p in scorer.parameters()])
 
 
+def answered():
+    """The ids of an evaluation's records, and of the questions that this rank was asked."""
+    rows, mine = [{"id": str(i), "question": "?", "golden_answers": ["x"]} for i in range(5)], []
+
+    def method(share, setup):
+        mine.extend(row["id"] for row in share)
+        return list(map(evaluate.blank_episode, share))
+
+    records = evaluate.answer_batch(rows, method, None, Accelerator(cpu=True))
+    return [record["id"] for record in records], mine
+
+
 def main(out: str) -> None:
     rank = Accelerator(cpu=True).process_index
     results = {"ddp": [gradient(episodes(rank), dtype, batch_tokens=40, **changes)
-                       for dtype, changes in CASES], "supervised": supervised()}
+                       for dtype, changes in CASES], "supervised": supervised(),
+               "answered": answered()}
     trainer, metrics = step(episodes(rank), init_device_mesh("cpu", (2,)))
     parameters = [*trainer.policy.parameters(), *trainer.critic.parameters()]
     mine = sum(p.to_local().numel() for p in parameters)  # only a DTensor has this

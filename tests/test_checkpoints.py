@@ -65,7 +65,7 @@ class World:
         command = [*launcher, ROOT / "train_rl.py", *self.options, "--out", out, *extra]
         return self.start(*command, **kwargs)
 
-    def hit(self, number: int, phase: str, count: int, share: float, *options) -> str:
+    def hit(self, number: int, phase: str, count: int, share: float | str, *options) -> str:
         """The run, ended by a signal: what it says."""
         aim = (ROOT / "tests/killed.py", int(number), phase, count, share, self.folder / "hit")
         code = -number if number == signal.SIGKILL else 128 + number
@@ -150,7 +150,7 @@ def goes_on_as_told(world: World, out: str, errors: str) -> None:
 
 
 @pytest.mark.parametrize("number,phase,share,steps", [
-    (signal.SIGTERM, "collect", 0.5, 1), (signal.SIGINT, "follow_gradient", 0, 2)])
+    (signal.SIGTERM, "collect", "write_turn", 1), (signal.SIGINT, "follow_gradient", 0, 2)])
 def test_stopped_it_loses_no_step_and_says_how_to_go_on(world, number, phase, share, steps):
     """A rollout is dropped; a step whose weights are about to change is finished."""
     errors = world.hit(number, phase, 2, share, "--out", phase)

@@ -29,7 +29,7 @@ from plumbing.remote import RetryPolicy, in_threads
 from plumbing.text import ROOT
 from plumbing.web import HTTPEngine, SerpApiEngine
 
-QUICK = RetryPolicy(timeout=0.4, attempts=3, first_wait=0.02, longest_wait=0.2)
+QUICK = RetryPolicy(timeout=5, attempts=3, first_wait=0.02, longest_wait=0.2)
 STEADY = RetryPolicy(timeout=5, attempts=10, first_wait=0.002, longest_wait=0.02)
 ARABIC = "مرحبا بالعالم"
 

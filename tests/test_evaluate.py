@@ -724,7 +724,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(asking, tmp_path, method):
 def test_a_killed_run_resumes_to_the_same_results(asking, tmp_path, number, kills):
     """SIGKILL at random moments of the answering; the end is the uninterrupted run's."""
     line = [sys.executable, ROOT / "evaluate.py", *asking, "--limit", number, "--method",
-            "ra-agent", "--max-searches", 2, "--tokens-per-turn", 120, "--batch-size", 4,
+            "ra-agent", "--max-searches", 2, "--tokens-per-turn", 60, "--batch-size", 4,
             "--context-tokens", 900, "--out"]
     def start(*more) -> subprocess.Popen:
         return subprocess.Popen(list(map(str, (*line, *more))), stdout=subprocess.DEVNULL,
@@ -733,12 +733,12 @@ def test_a_killed_run_resumes_to_the_same_results(asking, tmp_path, number, kill
         return file.read_bytes().count(b"\n") if file.exists() else 0
     rng, killed, whole = random.Random(number), tmp_path / "killed", start(tmp_path / "whole")
     file = killed / "predictions.jsonl"
-    for goal in sorted(rng.sample(range(0, number - 8), kills)):
+    for goal in sorted(rng.sample(range(0, number // 2), kills)):
         process = start(killed, *["--resume"] * file.exists())
         while answered() <= goal:
             assert process.poll() is None, process.stderr.read().decode()[-2000:]
             time.sleep(0.005)
-        time.sleep(rng.random() * 0.3)  # a batch lasts about as long
+        time.sleep(rng.random() * 0.1)  # within the next batch
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert goal < answered() < number and not (killed / "results.json").exists()

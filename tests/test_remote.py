@@ -3,14 +3,14 @@
 import random
 import socket
 import time
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from plumbing.remote import OutsideError, RetryPolicy, call, retry_after
 
-QUICK = RetryPolicy(timeout=0.4, attempts=3, first_wait=0.02, longest_wait=0.2)
-SLACK = 0.5  # seconds that a busy machine may add to a bound
+QUICK = RetryPolicy(timeout=5, attempts=3, first_wait=0.02, longest_wait=0.2)
+IMPATIENT = replace(QUICK, timeout=0.4)  # for a server that doesn't answer
 
 
 def ask(url, retry_policy=QUICK):
@@ -20,11 +20,11 @@ def ask(url, retry_policy=QUICK):
 
 
 def give_up(url, retry_policy=QUICK):
-    """What the error says, in the bound."""
+    """What the error says, in the bound; a busy machine may add a little."""
     begun = time.monotonic()
     with pytest.raises(OutsideError) as error:
         ask(url, retry_policy)
-    assert time.monotonic() - begun < retry_policy.bound + SLACK
+    assert time.monotonic() - begun < retry_policy.bound + 5
     return str(error.value)
 
 
@@ -75,7 +75,7 @@ FAULTS = {
 def test_a_fault_that_stays_ends_in_one_clear_error_within_the_bound(serve, fault):
     behave, words = FAULTS[fault]
     server = serve(behave)
-    text = give_up(server.url)
+    text = give_up(server.url, IMPATIENT if "within" in words else QUICK)
     assert words in text and "given up after 3 attempts" in text and len(server.calls) == 3
 
 
@@ -83,7 +83,8 @@ def test_a_fault_that_stays_ends_in_one_clear_error_within_the_bound(serve, faul
 def test_a_fault_that_passes_costs_nothing_but_time(serve, fault):
     server = serve(lambda handler, body: (FAULTS[fault][0] if len(server.calls) == 1 else answer)(
         handler, body))
-    assert ask(server.url) == ["about Peru"] and len(server.calls) == 2
+    policy = replace(QUICK, timeout=1.5) if "within" in FAULTS[fault][1] else QUICK
+    assert ask(server.url, policy) == ["about Peru"] and len(server.calls) == 2
 
 
 def test_a_server_that_refuses():
@@ -101,31 +102,35 @@ def test_what_asking_again_will_not_mend_is_asked_once(serve, status):
     assert len(server.calls) == 1
 
 
-@pytest.mark.parametrize("header", ["number", "date"])
-def test_retry_after_is_honoured_and_bounded(serve, header):
-    stamps = []
+@pytest.fixture
+def pauses(monkeypatch):
+    """The seconds of each pause, none of which is taken."""
+    taken = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", taken.append)
+    return taken
 
+
+@pytest.mark.parametrize("header,low,high", [("1", 1, 1.01), ("date", 2, 4.01), ("3600", 9, 9)])
+def test_retry_after_is_honoured_and_bounded(serve, pauses, header, low, high):
     def busy(handler, body):
-        stamps.append(time.monotonic())
-        if len(stamps) == 2:
-            return answer(handler, body)
-        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
-        handler.reply({}, 429, Retry_After="1" if header == "number" else date)
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 4))
+        handler.reply({}, 429, Retry_After=date if header == "date" else header)
 
-    ask(serve(busy).url, RetryPolicy(timeout=2, attempts=2, first_wait=0.01, longest_wait=3.0))
-    assert 0.9 < stamps[1] - stamps[0] < 3.5
+    policy = RetryPolicy(timeout=5, attempts=2, first_wait=0.01, longest_wait=9)
+    give_up(serve(busy).url, policy)
+    (pause,) = pauses
+    assert low <= pause <= high
     assert retry_after("3600") == 3600
     assert retry_after("-5") == retry_after(None) == retry_after("x") == 0
 
 
-def test_pauses_grow_and_jitter(serve):
-    stamps, state = [], random.getstate()
-    server = serve(lambda handler, body: (stamps.append(time.monotonic()), handler.reply({}, 500)))
+def test_pauses_grow_and_jitter(serve, pauses):
+    state, server = random.getstate(), serve(reply({}, 500))
     for _ in range(2):
-        give_up(server.url, RetryPolicy(timeout=1, attempts=5, first_wait=0.05, longest_wait=0.3))
-    first, second = np.diff(stamps[:5]), np.diff(stamps[5:])
-    for pauses in (first, second):
-        assert all(0.05 * 2**i <= pause for i, pause in enumerate(pauses[:3]))
-        assert max(pauses) < 0.3 + SLACK
-    assert not np.allclose(first[:2], second[:2], atol=1e-4)
+        give_up(server.url, RetryPolicy(timeout=5, attempts=5, first_wait=0.05, longest_wait=0.3))
+    first, second = pauses[:4], pauses[4:]
+    for row in (first, second):
+        assert all(0.05 * 2**i <= pause <= 0.05 * (2**i + 1) for i, pause in enumerate(row[:3]))
+        assert row[3] == 0.3
+    assert first[:3] != second[:3]
     assert random.getstate() == state  # jitter takes no number from a draw that a run depends on

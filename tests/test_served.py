@@ -12,7 +12,7 @@ from plumbing.remote import OutsideError, RetryPolicy, in_threads
 from plumbing.served import ServerGenerator, load_generator
 from plumbing.text import encode
 
-QUICK = RetryPolicy(timeout=0.4, attempts=3, first_wait=0.02, longest_wait=0.2)
+QUICK = RetryPolicy(timeout=5, attempts=3, first_wait=0.02, longest_wait=0.2)
 
 
 def vllm(folder, tokenizer, *, ids=True, name="served"):

@@ -478,7 +478,6 @@ def test_label_train_probe_run(plug, capsys, monkeypatch, jsonl, tiny, tmp_path)
     config = json.loads((out / "config.json").read_text())
     assert config["versions"]["torch"]
     assert "--overwrite" in one_line(capsys, monkeypatch, sim, *training)
-    command(sim, *training, "--overwrite")
     probing = ["probe", path, "--simulator", out / "model", "--out", tmp_path / "probe.json"]
     command(sim, *probing, "--simulator-max-tokens", 16)
     assert json.loads((tmp_path / "probe.json").read_text())["n"] == 8

@@ -47,6 +47,10 @@ def test_two_ranks_tune_like_one(two_ranks):
     assert relative(kept, whole) <= 1e-9 and loss.item() == pytest.approx(expected.item())
 
 
+def test_two_ranks_answer_a_question_each(two_ranks):
+    assert two_ranks["answered"] == (list("01234"), list("024"))
+
+
 def test_two_shards_make_the_step_of_one(two_ranks):
     """FSDP2: two epochs of PPO give the same weights, which reach the sampler whole."""
     sampler, critic, metrics = two_ranks["fsdp"]
