@@ -586,18 +586,19 @@ def test_an_option_of_the_update_changes_the_update(train, base, changes):
 
 def test_gradient_checkpointing_and_micro_batches_change_no_weight(train):
     """Per step two passes of the critic, three of the policy, one of them through its reference;
-    the layers of a pass that learns, one of each, are computed twice."""
+    the layers of a pass that learns, one of each, are computed twice with checkpointing."""
     calls, counts, weights = [], [], []
     hook = torch.nn.modules.module.register_module_forward_pre_hook
-    with hook(lambda module, args: calls.append(type(module).__name__)):
+    with hook(lambda module, args: calls.append((type(module).__name__, torch.is_grad_enabled()))):
         for more in ({}, {"flags": ["--gradient-checkpointing"]}, {"batch_tokens": 300}):
             calls.clear()
             run = train(out=f"{len(counts)}", algorithm="ppo", kl_coef=1e-9, **more)
             weights.append(run.policy.weights[-1])
-            counts.append([calls.count(name) for name in ("Critic", "TokenScorer", "LlamaMLP")])
-    critic, policy, layers = counts[2]
-    assert counts[:2] == [[4, 6, 20], [4, 6, 28]]
-    assert critic * 3 == policy * 2 == layers * 3 / 5 > 12
+            counts.append([calls.count((name, learns)) for name in ("Critic", "TokenScorer")
+                           for learns in (False, True)] + [calls.count(("LlamaMLP", True))])
+    assert counts[:2] == [[2, 2, 4, 2, 8], [2, 2, 4, 2, 16]]
+    parts = counts[2][0]
+    assert parts > 2 and counts[2] == [parts, parts, 2 * parts, parts, 4 * parts]
     for name, weight in weights[0].items():
         assert all(torch.allclose(other[name], weight, atol=1e-6) for other in weights[1:]), name
 
