@@ -50,8 +50,8 @@ from plumbing.cli import (UserError, argument, check_value, command, console, le
                           option, print_table, progress_bar, run_cli)
 from plumbing.engines import ENGINES, SearchRequest, SearchResult, check_failures
 from plumbing.episodes import changed, episode_text, read_episodes, select
-from plumbing.files import (append_jsonl, draw_seed, read_jsonl, read_questions, whole_batches,
-                            write_json, write_jsonl)
+from plumbing.files import (append_jsonl, draw_seed, keep_lines, read_jsonl, read_questions,
+                            whole_batches, write_json)
 from plumbing.formats import documents_read, read_paired, read_predictions, read_results
 from plumbing.generate import Sampling
 from plumbing.page import (Aloud, coloured, cost_section, episodes_section, evaluation_section,
@@ -501,8 +501,9 @@ def answer_all(rows: Rows, s: RunSettings, setup: Setup, state: PartialState) ->
     """Results of a run: of the batches that OUT holds, and of the others, which are appended."""
     predictions, ids = s.out / "predictions.jsonl", [str(row["id"]) for row in rows]
     records = whole_batches(predictions, ids, s.batch_size) if s.resume else []
+    state.wait_for_everyone()
     if s.resume and state.is_main_process:
-        write_jsonl(predictions, records)
+        keep_lines(predictions, len(records))
     with progress_bar() as bar:
         task = bar.add_task(f"{s.names()[0]}, {s.method}", total=len(rows), completed=len(records),
                             info="")

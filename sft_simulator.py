@@ -25,15 +25,15 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from plumbing.cli import (CommonSettings, UserError, argument, command, console, leave, make_app,
-                          option, print_documents, print_table, progress_bar, run_cli)
+from plumbing.checkpoints import Checkpoints
+from plumbing.cli import (CommonSettings, UserError, argument, command, console, make_app, option,
+                          print_documents, print_table, progress_bar, run_cli)
 from plumbing.engines import (ENGINES, QUERY_CHARACTERS, Engine, EngineSettings, Quality,
                               SearchRequest, SearchResult)
 from plumbing.files import append_jsonl, draw_seed, read_jsonl, write_json, write_jsonl
 from plumbing.generate import Generator, Sampling
 from plumbing.metrics import agreement
-from plumbing.models import (load_model, load_tokenizer, make_accelerator, save_model,
-                             simulator_tuning)
+from plumbing.models import (load_model, load_tokenizer, make_accelerator, simulator_tuning)
 from plumbing.remote import OutsideError, chat_verdicts, is_server
 from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate, micro_batches, same_count
 from plumbing.runfolder import FolderSettings, RunFolder
@@ -315,10 +315,11 @@ class TuningSettings(FolderSettings, CommonSettings):
     lr: float = option(1e-6, "Peak learning rate.", above=0)
     batch_size: int = option(8, "Sequences a step.", low=1)
     batch_tokens: int = option(4096, "Tokens a micro-batch; shared beginnings count once.", low=1)
+    save_every: int = option(200, "Steps between checkpoints.", low=1, resumable=True)
 
 
 def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
-                     s: TuningSettings) -> None:
+                     s: TuningSettings, checkpoints: Checkpoints) -> None:
     """Maximum likelihood of the masked tokens, in place; all tokens of a step weigh the same.
 
     Appends one line a step to OUT/metrics.jsonl: loss in nats a token."""
@@ -329,14 +330,19 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
     scorer, optimizer = accelerator.prepare(scorer, adam)
     steps = draw_batches(len(sequences), s)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rise_and_fall(len(steps)))
+    accelerator.register_for_checkpointing(schedule)
+    if s.resume:
+        checkpoints.go_on()
     with progress_bar() as bar:
-        task = bar.add_task("training", total=len(steps), info="")
-        for step, indices in enumerate(steps):
-            started, batch = time.perf_counter(), [sequences[i] for i in indices]
+        task = bar.add_task("training", total=len(steps), completed=checkpoints.done, info="")
+        for step in range(checkpoints.done, len(steps)):
+            checkpoints.drop()  # from here to `agree` a signal drops the step
+            started, batch = time.perf_counter(), [sequences[i] for i in steps[step]]
             loss = supervised_gradient(accelerator, scorer, batch, s.batch_tokens)
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} at step {step}: try a lower --lr")
             accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
+            checkpoints.agree()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -344,6 +350,7 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
             if accelerator.is_main_process:
                 seconds = time.perf_counter() - started
                 append_jsonl(s.out / "metrics.jsonl", [metrics | {"time/step": seconds}])
+            checkpoints.step_done(step + 1, of=len(steps))
             bar.update(task, advance=1, info=f"loss {loss.item():.3f}")
     model.eval()
 
@@ -387,11 +394,10 @@ def fine_tune(accelerator: Accelerator, model, tokenizer, sequences: list[Sequen
     transformers.set_seed(s.seed)
     console.print(f"{len(sequences)} sequences, {sum(len(q.ids) for q in sequences):,} tokens, "
                   f"{sum(sum(q.mask) for q in sequences):,} of them trained")
-    train_supervised(accelerator, model, sequences, s)
-    save_model(model, tokenizer, s.out / "model")
-    if accelerator.is_main_process:
-        console.print(f"model saved: {s.out / 'model'}")
-    leave(accelerator.state)
+    checkpoints = Checkpoints(accelerator, s.out, s.save_every)
+    with checkpoints.stoppable():
+        train_supervised(accelerator, model, sequences, s, checkpoints)
+        checkpoints.end(model, tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

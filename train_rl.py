@@ -20,7 +20,6 @@ import math
 import random
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import costs
-from plumbing.checkpoints import Checkpoints, check_tracker, find_checkpoint, start_tracker
+from plumbing.checkpoints import Checkpoints, check_tracker, saved_steps, start_tracker
 from plumbing.cli import (CommonSettings, Settings, UserError, argument, command, console, make_app,
                           option, preset_callback, progress_bar, run_cli)
 from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, check_failures
@@ -45,7 +44,8 @@ from plumbing.models import (load_model, load_tokenizer, load_trained, make_acce
                              named_weights, prepare_reference, save_model, whole)
 from plumbing.ranks import Pass, Worker, balance_over_ranks, pad, unpad
 from plumbing.rates import PhaseClock, peak_flops, rates
-from plumbing.runfolder import FolderSettings, RunFolder
+from plumbing.remote import in_threads
+from plumbing.runfolder import FolderSettings, RunFolder, read_config
 from plumbing.scorer import Critic, Sequence, TokenScorer, collate
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, Prompts, encode, exact_match, f1_score, fill, load_prompts,
@@ -202,8 +202,9 @@ def rollout(episodes: list[Episode], setup: Setup, *, noise: float = 0.0, step: 
     if not setup.generator.concurrent:
         play(episodes, setup, noise, step, clock)
         return
-    with clock("rollout"), ThreadPoolExecutor(CONCURRENT_EPISODES) as threads:
-        list(threads.map(lambda episode: play([episode], setup, noise, step, NO_CLOCK), episodes))
+    with clock("rollout"):
+        in_threads(lambda episode: play([episode], setup, noise, step, NO_CLOCK), episodes,
+                   CONCURRENT_EPISODES)
 
 
 def play(episodes: list[Episode], setup: Setup, noise: float, step: int, clock: Callable) -> None:
@@ -322,7 +323,9 @@ CURRICULA: dict[str, Callable[[int, "CurriculumSettings"], float]] = {}
 class CurriculumSettings(CommonSettings):
     """The share of noisy searches over a run (paper, section 3.5)."""
 
-    steps: int = option(203, "Optimisation steps.", low=1)
+    steps: int = option(203, "Optimisation steps.", low=1, resumable=True)
+    curriculum_steps: int | None = option(None, "Of which this many are the curriculum's; all.",
+                                          low=1)
     curriculum: str = option("exponential", "How the share of noise develops.",
                              choices=CURRICULA)
     p_start: float = option(0.0, "Share of noisy searches at the first step.", low=0, high=1)
@@ -331,8 +334,11 @@ class CurriculumSettings(CommonSettings):
 
 
 def exponential(step: int, s: CurriculumSettings) -> float:
-    """p_i = p_s + (b^(i/m) - 1)/(b - 1) (p_e - p_s), m = steps - 1; b -> 1 is the linear limit."""
-    progress = step / (s.steps - 1) if s.steps > 1 else 0.0
+    """p_i = p_s + (b^(i/m) - 1)/(b - 1) (p_e - p_s), m = steps - 1; b -> 1 is the linear limit.
+
+    After the curriculum's steps: p_e."""
+    m = (s.curriculum_steps or s.steps) - 1
+    progress = min(1.0, step / m) if m else 0.0
     if abs(s.base - 1) < 1e-9:
         return s.p_start + progress * (s.p_end - s.p_start)
     return s.p_start + (s.base**progress - 1) / (s.base - 1) * (s.p_end - s.p_start)
@@ -825,36 +831,41 @@ def train(s: TrainSettings) -> None:
     """Reinforcement learning of the policy against a search engine; it goes to OUT/model.
 
     Defaults: the paper's."""
+    if s.curriculum_steps is None:  # a run that is extended keeps its curriculum
+        before = read_config(s.out)["settings"] if s.resume else {}
+        s = replace(s, curriculum_steps=before.get("curriculum_steps") or s.steps)
     if len(rows := read_questions(s.data)) < s.prompts_per_step:
         raise UserError(f"{s.data}: {len(rows)} questions are too few for a step")
     accelerator = make_accelerator(log_with=s.logger, project_dir=s.out)
     reads = {"data": s.data, "eval_data": s.eval_data if s.eval_every else None,
              "corpus": s.corpus if "bm25" in (s.engine, s.eval_engine) else None}
     with RunFolder(s, load_prompts(s.prompts), accelerator.is_main_process, **reads) as folder:
-        run, start = prepare(s, rows, accelerator, folder)
-        with run.checkpoints.stoppable(start), progress_bar() as bar:
-            task = bar.add_task(s.algorithm, total=s.steps, completed=start, info="")
-            for step in range(start, s.steps):
-                evaluate_held_out(run, done=step)
-                clock = PhaseClock()
-                episodes = collect(run, step, clock)
-                losses = learn(run, step, episodes, clock)
-                metrics = record(run, step, episodes, losses | clock.metrics())
-                bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  "
-                           f"noise {metrics['noise/p']:.2f}  "
-                           f"API bill saved ${costs.search_bill(run.searches):.2f}")
-            evaluate_held_out(run, done=s.steps)
-        save_model(run.policy, run.setup.tokenizer, s.out / "model")
-        run.checkpoints.end(f"policy saved: {s.out / 'model'}")
+        run = prepare(s, rows, accelerator, folder)
+        start = run.checkpoints.done
+        with run.checkpoints.stoppable():
+            with progress_bar() as bar:
+                task = bar.add_task(s.algorithm, total=s.steps, completed=start, info="")
+                for step in range(start, s.steps):
+                    evaluate_held_out(run, done=step)
+                    clock = PhaseClock()
+                    episodes = collect(run, step, clock)
+                    losses = learn(run, step, episodes, clock)
+                    metrics = record(run, step, episodes, losses | clock.metrics())
+                    bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  "
+                               f"noise {metrics['noise/p']:.2f}  "
+                               f"API bill saved ${costs.search_bill(run.searches):.2f}")
+                evaluate_held_out(run, done=s.steps)
+            run.checkpoints.end(run.policy, run.setup.tokenizer)
 
 
 def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerator,
-            folder: RunFolder) -> tuple[Run, int]:
-    """Load everything, and open the run folder; the step to begin with."""
+            folder: RunFolder) -> Run:
+    """Load everything, open the run folder, go on from its last checkpoint."""
     processes = accelerator.num_processes
     if s.prompts_per_step % processes:
         raise UserError(f"--prompts-per-step can't be divided over {processes} processes")
-    start = find_checkpoint(s.out) if s.resume else None
+    if s.resume and (done := max(saved_steps(s.out), default=0)) > s.steps:
+        raise UserError(f"--steps {s.steps}: {done} are done")
     transformers.set_seed(s.seed)
     generator, trainer = load_generator(s.model, s.generator), make_trainer(accelerator, s)
     setup = Setup(generator, ENGINES[s.engine].make(s), folder.prompts, s, s.seed)
@@ -866,8 +877,8 @@ def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerat
     checkpoints = Checkpoints(accelerator, s.out, s.save_every)
     peak = peak_flops(accelerator.device) * processes
     run = Run(s, rows, setup, held_out, trainer, checkpoints, peak)
-    before = checkpoints.go_on(start) if start is not None else []
-    if start:
+    before = checkpoints.go_on() if s.resume else []
+    if checkpoints.done:
         generator.load_weights(named_weights(run.policy))
     run.searches = sum(row["cost/searches"] for row in before)
     run.failed = sum(row["search/failed"] for row in before)
@@ -876,7 +887,7 @@ def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerat
         run.best = max((row["eval/reward"] for row in evaluations), default=run.best)
     start_tracker(accelerator, s.logger, s)
     trainer.commit = checkpoints.agree  # from there on a signal waits for the end of the step
-    return run, start or 0
+    return run
 
 
 def collect(run: Run, step: int, clock: PhaseClock) -> list[Episode]:

@@ -1,14 +1,14 @@
-"""Checkpoints and signals: a run can be stopped at any time and resumed after its last whole step.
+"""Checkpoints: a run can be stopped at any time and resumed after its last whole step.
 
-Accelerate saves and loads the state; it has no atomic write and no handling of signals."""
+Accelerate saves and loads the state; it has no atomic write, and no checkpoint to go back to."""
 
 import json
 import logging
 import os
-import shlex
 import shutil
-import signal
 import sys
+import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,11 +18,16 @@ import typer
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from plumbing.cli import Settings, UserError, console, first_line, leave
-from plumbing.files import read_jsonl, write_jsonl
-from plumbing.runfolder import begun
+from plumbing.files import read_jsonl
+from plumbing.models import save_model
+from plumbing.runfolder import begun, set_aside
+from plumbing.signals import Signals, resume_command
+from plumbing.text import clean
+
+LOGS = ("metrics.jsonl", "episodes.jsonl")  # what a run appends at each step
 
 
 def check_tracker(name: str | None) -> None:
@@ -49,31 +54,73 @@ class Checkpoints:
     def __init__(self, accelerator: Accelerator, out: Path, every: int):
         self.accelerator, self.out, self.every, self.done = accelerator, out, every, 0
 
-    def go_on(self, step: int) -> list[dict[str, Any]]:
-        """Load the checkpoint after `step` steps; returns the lines of metrics up to there."""
-        if step:
-            load_checkpoint(self.accelerator, self.out, step)
-        if self.accelerator.is_main_process:
-            set_lines_aside(self.out, step)
+    def go_on(self) -> list[dict[str, Any]]:
+        """Load the last checkpoint that is whole; `done` is then its steps. Returns their metrics.
+
+        Says what is damaged, and goes back to the checkpoint before. Raises UserError if none can
+        be loaded. Lines of later steps, and later checkpoints, are set aside."""
+        main = self.accelerator.is_main_process
+        whole = gather_object([whole_steps(self.out) if main else None])[0]
+        saved = saved_steps(self.out)
+        within = [step for step in saved if step <= whole]
+        errors = []
+        for step in within + [step for step in saved if step > whole]:
+            error = load_checkpoint(self.accelerator, checkpoint_folder(self.out, step))
+            if error is None:
+                self.done = step
+                break
+            errors.append(error)
+        if saved and not self.done:
+            raise UserError(f"{'; '.join(errors)}: there is no other checkpoint; --overwrite "
+                            "begins anew")
+        if main:
+            self.say_damage(errors, whole, saved)
+            for later in (step for step in saved if step > self.done):
+                set_aside(checkpoint_folder(self.out, later))
+            for name in (*LOGS, "eval.jsonl"):
+                set_lines_aside(self.out / name, self.done)
         self.accelerator.wait_for_everyone()
-        return read_jsonl(self.out / "metrics.jsonl") if step else []
+        log = self.out / LOGS[0]
+        return read_jsonl(log, whole_lines=True) if log.exists() else []
+
+    def say_damage(self, errors: list[str], whole: int, saved: list[int]) -> None:
+        """Print why a run doesn't go on from its last checkpoint, or goes on without some lines."""
+        errors = list(errors)
+        for unfinished in (self.out / "checkpoints").glob("*.tmp"):
+            errors.append(f"{unfinished} was left half-written: not used")
+        if saved and whole < saved[0]:
+            errors.append(f"{self.out}: {' or '.join(LOGS)} lacks lines of step {whole}")
+        if whole < self.done:
+            errors.append("no checkpoint is older: these lines are missing from the figures")
+        elif saved and self.done < saved[0]:
+            errors.append(f"going on from the checkpoint of step {self.done}")
+        for error in errors:
+            console.print(error, style="yellow", soft_wrap=True, markup=False)
 
     @contextmanager
-    def stoppable(self, start: int) -> Iterator[None]:
-        """Context of the training loop, `start` steps done. On a signal: checkpoint, then exit."""
-        self.done, self.signals = start, Signals()
+    def stoppable(self) -> Iterator[None]:
+        """Context of the training loop. On a signal: checkpoint of the steps done, then exit."""
+        self.signals = Signals()
         try:
             yield
         except KeyboardInterrupt:  # raised by `signals` only, never within an optimizer step
             save_checkpoint(self.accelerator, self.out, self.done)
             if self.accelerator.is_main_process:
-                launched = self.accelerator.num_processes > 1
-                options = " (with the launcher's own options, if it had any)" * launched
-                console.print(f"stopped after {self.done} steps, which are saved; "
-                              f"to go on{options}:")
-                print(resume_command(self.accelerator.num_processes), file=sys.stderr)
+                self.say_stopped()
             self._finish(128 + self.signals.number)
             raise typer.Exit(128 + self.signals.number) from None
+        finally:
+            self.signals.restore()
+
+    def say_stopped(self) -> None:
+        """Print how many steps are saved and, on one line of stderr, the command to go on."""
+        if not self.done:
+            console.print("stopped before the first step was done: nothing is saved")
+            return
+        launched = self.accelerator.num_processes > 1
+        options = " (with the launcher's own options, if it had any)" * launched
+        console.print(f"stopped after {self.done} steps, which are saved; to go on{options}:")
+        print(resume_command(self.accelerator.num_processes), file=sys.stderr)
 
     @contextmanager
     def droppable(self) -> Iterator[None]:
@@ -82,8 +129,12 @@ class Checkpoints:
             self.signals.allow(True)
             yield
             self.signals.allow(False)
-        self.signals.agree()
-        self.signals.allow(self.accelerator.num_processes == 1)  # several ranks would deadlock
+        self.agree()
+        self.drop()
+
+    def drop(self) -> None:
+        """From here to `agree` a signal may stop the step, unless other ranks would wait for it."""
+        self.signals.allow(self.accelerator.num_processes == 1)
 
     def agree(self) -> None:
         """Drop the step on all ranks if any got a signal. Later ones wait for the step's end."""
@@ -97,10 +148,15 @@ class Checkpoints:
         if steps % self.every == 0 and steps < of:
             save_checkpoint(self.accelerator, self.out, steps)
 
-    def end(self, text: str) -> None:
-        """End a complete run: print `text`, close the trackers, exit on several ranks."""
+    def end(self, model, tokenizer) -> None:
+        """End a complete run: a checkpoint, then the model in OUT/model; close the trackers."""
+        try:
+            save_checkpoint(self.accelerator, self.out, self.done)
+        finally:  # a disk too full for a checkpoint may have room for the model alone
+            with writing(self.out / "model"):
+                save_model(model, tokenizer, self.out / "model")
         if self.accelerator.is_main_process:
-            console.print(text)
+            console.print(f"model saved: {self.out / 'model'}")
         self._finish(0)
 
     def _finish(self, code: int) -> None:
@@ -109,44 +165,24 @@ class Checkpoints:
         leave(self.accelerator.state, code)
 
 
-class Signals:
-    """SIGTERM and SIGINT: all ranks drop the same step. A second signal kills the process.
-
-    A signal raises KeyboardInterrupt: at once if allowed, else at the next `allow` or `agree`."""
-
-    def __init__(self):
-        self.number, self.allowed = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.arrived)
-
-    def arrived(self, number: int, frame: object) -> None:
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_DFL)
-        self.number = number
-        self.allow(self.allowed)
-
-    def allow(self, allowed: bool) -> None:
-        """Set whether a signal may stop this rank at once; a pending one does so now."""
-        self.allowed = allowed
-        if allowed and self.number:
-            raise KeyboardInterrupt
-
-    def agree(self) -> None:
-        """Raise KeyboardInterrupt on all ranks if any got a signal. Later signals are pending."""
-        self.allowed = False
-        self.number = max(gather_object([self.number]))
-        if self.number:
-            raise KeyboardInterrupt
-
-
-def resume_command(processes: int) -> str:
-    several = ["accelerate", "launch", "--num_processes", str(processes)]
-    arguments = [a for a in sys.argv if a not in ("--overwrite", "--resume")]
-    return shlex.join([*(["python"] if processes == 1 else several), *arguments, "--resume"])
-
-
 def checkpoint_folder(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:06d}"
+
+
+def saved_steps(out: Path) -> list[int]:
+    """Steps done at each checkpoint of a run, the last first."""
+    folders = (out / "checkpoints").glob("step-??????")
+    return sorted((int(folder.name[5:]) for folder in folders), reverse=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context of writing to `path`: an error becomes a UserError, in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} can't be written: {first_line(error)}; older checkpoints are as "
+                        "they were: --resume") from None
 
 
 def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
@@ -162,18 +198,17 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # no tied-weight warning
-    try:
+    with writing(temporary):
         accelerator.save_state(temporary)
+        if accelerator.is_main_process and (out / "config.json").exists():
+            shutil.copy(out / "config.json", temporary)  # see runfolder.read_config
         flush([path for path in temporary.rglob("*") if path.is_file()] + [temporary])
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{temporary} can't be written: {first_line(error)}; "
-                        "older checkpoints are as they were") from None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         temporary.rename(final)
         flush([final.parent])
-        for old in sorted(final.parent.glob("step-??????"))[:-2]:
-            shutil.rmtree(old)
+        for old in saved_steps(out)[2:]:
+            shutil.rmtree(checkpoint_folder(out, old))
 
 
 def flush(paths: list[Path]) -> None:
@@ -184,33 +219,65 @@ def flush(paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def find_checkpoint(out: Path) -> int:
-    """Steps done at the last checkpoint of `out`, 0 without one."""
-    saved = sorted((out / "checkpoints").glob("step-??????"))
-    return int(saved[-1].name[5:]) if saved else 0
-
-
-def load_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
-    folder = checkpoint_folder(out, step)
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> str | None:
+    """Load a checkpoint. Returns what is wrong with it, if anything, of any rank."""
+    error, place = None, folder
     try:
+        for place in folder.iterdir():
+            check_file(place)
+        place = folder
+        if not any(folder.glob("random_states_*.pkl")):  # Accelerate would go on without them
+            raise FileNotFoundError("no random states")
         accelerator.load_state(folder)
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} does not fit this run's model: {first_line(error)}") from None
+    except Exception as problem:  # noqa: BLE001 (a damaged file can raise anything)
+        error = f"{place} can't be loaded: {clean(str(problem) or repr(problem), 300)}"
+    return next(filter(None, gather_object([error])), None)
 
 
-def set_lines_aside(out: Path, step: int) -> None:
-    """Move lines of metrics, episodes and evaluations after the checkpoint, and an incomplete last
-    line, to *.set-aside."""
-    for unfinished in (out / "checkpoints").glob("*.tmp"):
-        text = f"{unfinished} was left half-written: not used"
-        console.print(text, style="yellow", soft_wrap=True)
-    for name in ("metrics.jsonl", "episodes.jsonl", "eval.jsonl"):
-        if not (out / name).exists():
-            continue
-        with open(out / name, encoding="utf-8") as file:
-            lines = list(file)  # unlike splitlines(), splits at line feeds only
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        kept = [row for row in rows if row["step"] < step]
-        with open(out / f"{name}.set-aside", "a", encoding="utf-8") as aside:
-            aside.writelines(lines[len(kept) :])
-        write_jsonl(out / name, kept)
+def check_file(path: Path) -> None:
+    """Raise an error unless a file of a checkpoint is whole."""
+    if path.suffix in (".bin", ".pkl"):  # of torch.save: an archive with checksums
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt"):  # compares the file's length with its header
+            pass
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a line of a log; None if it was cut short or is damaged."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def whole_steps(out: Path) -> int:
+    """Steps, from the first on, whose lines are all in each log."""
+    whole = []
+    for path in (out / name for name in LOGS):
+        if path.exists():
+            with open(path, "rb") as lines:
+                steps = Counter(map(step_of, lines))
+            full, step = max(steps.values(), default=0), 0  # every step has as many lines
+            while steps[step] == full > 0:
+                step += 1
+            whole.append(step)
+        elif path.name == LOGS[0]:
+            return 0
+    return min(whole)
+
+
+def set_lines_aside(path: Path, step: int) -> None:
+    """Move a log's lines of steps after `step`, and damaged ones, to *.set-aside."""
+    if not path.exists():
+        return
+    kept = path.with_name(path.name + ".tmp")
+    aside = path.with_name(path.name + ".set-aside")
+    with open(path, "rb") as lines, open(kept, "wb") as ours, open(aside, "ab") as theirs:
+        for line in lines:
+            number = step_of(line)
+            (ours if number is not None and number < step else theirs).write(line)
+    flush([kept, aside])
+    kept.rename(path)

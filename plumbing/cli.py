@@ -155,7 +155,10 @@ def make_app(doc: str) -> typer.Typer:
 def run_cli(app: typer.Typer) -> None:
     """Run a chapter's commands. A user error is printed as one line on stderr; exit code 2."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code > 128:  # stopped by a signal
+            exit_now(code)
+        sys.exit(code)
     except (UserError, typer.TyperException, OSError) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if text:  # none where no command was named: the help has been printed
@@ -164,7 +167,7 @@ def run_cli(app: typer.Typer) -> None:
         end_rank(2)
         sys.exit(2)
     except typer.Abort:
-        sys.exit(130)
+        exit_now(130)
 
 
 def leave(state: Any, code: int = 0) -> None:
@@ -180,9 +183,14 @@ def end_rank(code: int) -> None:
     may wait for the GIL to free a tensor (https://github.com/pytorch/pytorch/issues/56297)."""
     torch = sys.modules.get("torch")  # not imported here: a command without models starts fast
     if torch and torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        exit_now(code)
+
+
+def exit_now(code: int) -> None:
+    """Exit without waiting for threads, which may wait for a server."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def progress_bar() -> Progress:

@@ -108,16 +108,36 @@ def check_golden(row: dict[str, Any], where: str) -> None:
 
 
 def whole_batches(path: Path, ids: list[str], batch_size: int) -> list[dict[str, Any]]:
-    """The records of finished batches; a line or a batch that was cut short will be run again.
+    """The records of finished batches up to a line or a batch that was cut short or is damaged.
 
     Batches are fixed by their place in the questions, for in bfloat16 a row's arithmetic depends on
     the rows beside it. Raises UserError if the file answers other questions than `ids`."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    whole = len(lines) if len(lines) == len(ids) else len(lines) // batch_size * batch_size
-    records = [json.loads(line) for line in lines[:whole]]
-    if [record["id"] for record in records] != ids[:whole]:
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            record["id"]
+        except (ValueError, LookupError, TypeError):
+            break
+        records.append(record)
+    whole = len(records) if len(records) == len(ids) else len(records) // batch_size * batch_size
+    if [record["id"] for record in records[:whole]] != ids[:whole]:
         raise UserError(f"{path} answers other questions than the data asks")
-    return records
+    return records[:whole]
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Move what follows a file's first `count` lines to *.set-aside, and say so."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    if rest := b"\n".join(lines[count:]):
+        aside = path.with_name(path.name + ".set-aside")
+        with open(aside, "ab") as file:
+            file.write(rest)
+        replace_file(path, b"".join(line + b"\n" for line in lines[:count]))
+        console.print(f"{path}: from line {count + 1} on it is damaged, or was cut short within a "
+                      f"batch: these lines are now in {aside.name}", style="yellow", markup=False,
+                      soft_wrap=True)
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -132,15 +152,15 @@ def json_line(row: dict[str, Any]) -> str:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file atomically: a killed process leaves the old file or the new one."""
-    replace_file(path, "".join(map(json_line, rows)))
+    replace_file(path, "".join(map(json_line, rows)).encode())
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write to a temporary file, flush it to the disk, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
@@ -148,7 +168,7 @@ def replace_file(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file atomically, as `write_jsonl`."""
-    replace_file(path, json.dumps(value, indent=1) + "\n")
+    replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -9,9 +9,11 @@ import json
 import os
 import random
 import re
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -129,11 +131,28 @@ def retry_after(header: str | None) -> float:
 
 
 def in_threads(function: Callable[[Any], Any], items: list[Any], workers: int) -> list[Any]:
-    """The function's value for every item, in order, with at most `workers` threads."""
-    if len(items) < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(workers, len(items))) as pool:
-        return list(pool.map(function, items))
+    """The function's value for every item, in order, with at most `workers` threads.
+
+    Whatever they wait for, a signal ends this call at once, and the process can end: that is why
+    they are no ThreadPoolExecutor's, which are joined in both cases."""
+    futures: list[Future] = [Future() for _ in items]
+    waiting = deque(zip(futures, items))
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):  # none is waiting
+            while True:
+                future, item = waiting.popleft()
+                try:
+                    future.set_result(function(item))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    for _ in range(min(workers, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        return [future.result() for future in futures]
+    finally:
+        waiting.clear()
 
 
 def is_server(name: str) -> bool:

@@ -183,6 +183,13 @@ def check_reads_elsewhere(s: FolderSettings) -> None:
                                 "would replace: name another --out")
 
 
+def set_aside(path: Path) -> None:
+    """Rename a damaged file or folder to *.set-aside; an earlier one goes."""
+    aside = path.with_name(path.name + ".set-aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
 def describe_run() -> dict[str, Any]:
     """What a run depends on besides its settings: package versions, git commit, hardware."""
     # Not at the top: it imports torch, and a command without models starts fast.
@@ -200,17 +207,23 @@ def describe_run() -> dict[str, Any]:
 
 
 def read_config(out: Path) -> dict[str, Any]:
-    """A run's config.json. Raises UserError unless the folder holds a run that can be read."""
-    path = out / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
-            raise ValueError("no run's settings")
-    except FileNotFoundError:
-        raise UserError(f"{out} holds no run to resume") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    return config
+    """A run's config.json, or the copy in a checkpoint if it is damaged. Raises UserError if no run
+    is there, or none whose config can be read."""
+    copies = sorted(out.glob("checkpoints/step-??????/config.json"), reverse=True)
+    damaged = []
+    for path in [out / "config.json", *copies]:
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(config["settings"], dict):
+                if damaged:
+                    console.print(f"{damaged[0]}: {path} takes its place", style="yellow",
+                                  soft_wrap=True, markup=False)
+                return config
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            damaged.append(f"{path} is no run's config ({type(error).__name__}: {error})")
+    raise UserError(damaged[0] if damaged else f"{out} holds no run to resume")
 
 
 def is_run(out: Path) -> bool:

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from helpers import (PROMPTS, ROOT, PlainSGD, Server, make_model,  # noqa: E402
-                     make_tokenizer, question)
+                     make_tokenizer, question, tune)
 
 import sft_simulator as sim  # noqa: E402
 import train_rl as rl  # noqa: E402
@@ -50,7 +50,7 @@ def policy(tmp_path_factory, tokenizer) -> Path:
         sequences.append(Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), initializer_range=0.05)
     settings = sim.TuningSettings(out=out, lr=2e-2, batch_size=4, batch_tokens=10_000)
-    sim.train_supervised(Accelerator(cpu=True), model, sequences, settings)
+    tune(model, sequences, settings)
     save_model(model, tokenizer, out / "model")
     AcceleratorState._reset_state(reset_partial_state=True)
     return out / "model"

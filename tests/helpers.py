@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import evaluate
 import sft_simulator as sim
 import train_rl as rl
+from plumbing.checkpoints import Checkpoints
 from plumbing.cli import run_cli
 from plumbing.engines import ENGINES, Engine, SearchRequest, SearchResult
 from plumbing.generate import Generation, Sampling
@@ -157,6 +158,13 @@ class PlainSGD(torch.optim.SGD):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]]
         self.gradients.append(torch.cat([g.flatten() for g in gradients]).clone())
         return super().step(closure)
+
+
+def tune(model, sequences, s):
+    """Supervised training alone: no run folder, no checkpoint."""
+    checkpoints = Checkpoints(Accelerator(cpu=True), s.out, every=10**6)
+    with checkpoints.stoppable():
+        sim.train_supervised(checkpoints.accelerator, model, sequences, s, checkpoints)
 
 
 def settings(**changes):

@@ -20,10 +20,11 @@ from helpers import (BUDGET, TWO_PROCESSES, make_model, one_line, question, read
                      read_metrics)
 
 import train_rl as rl
-from plumbing.checkpoints import (Signals, checkpoint_folder, load_checkpoint,
-                                  save_checkpoint, set_lines_aside)
+from plumbing.checkpoints import (Checkpoints, checkpoint_folder, save_checkpoint,
+                                  set_lines_aside)
 from plumbing.cli import UserError
 from plumbing.runfolder import RunFolder
+from plumbing.signals import Signals
 from plumbing.text import ROOT
 
 TRACKER = '''
@@ -241,7 +242,7 @@ def test_a_full_disk_leaves_what_was_there_and_two_are_kept(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert all(path.read_bytes() == content for path, content in before.items())
-    set_lines_aside(tmp_path, 2)
+    Checkpoints(accelerator, tmp_path, 1).go_on()
     said = " ".join(capsys.readouterr().err.split())
     assert "step-000004.tmp was left half-written" in said
     save_checkpoint(accelerator, tmp_path, 4)
@@ -249,8 +250,9 @@ def test_a_full_disk_leaves_what_was_there_and_two_are_kept(tmp_path, capsys):
     for step in (5, 6, 6):  # the last two are kept, and fit their model alone
         save_checkpoint(accelerator, tmp_path, step)
     assert saved(tmp_path) == ["step-000005", "step-000006"]
-    with pytest.raises(UserError, match="step-000005 does not fit"):
-        load_checkpoint(prepared(48), tmp_path, 5)
+    words = "step-000006 can't be loaded: .*size mismatch.*step-000005"
+    with pytest.raises(UserError, match=words):
+        Checkpoints(prepared(48), tmp_path, 1).go_on()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
@@ -268,7 +270,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 def test_a_line_cut_short_is_set_aside(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
-    set_lines_aside(tmp_path, 1)
+    set_lines_aside(metrics, 1)
     assert metrics.read_text() == '{"step": 0}\n'
     aside = metrics.with_name("metrics.jsonl.set-aside")
     assert aside.read_text() == '{"step": 1}\n{"step": 2, "rew'

@@ -715,6 +715,7 @@ def test_a_checkpoint_is_flushed_before_it_has_its_name(train, monkeypatch):
 
 def test_a_resumed_run_samples_with_the_checkpoints_weights(train, capsys):
     whole = train(steps=3, save_every=1)
+    shutil.rmtree(whole.out / "checkpoints/step-000003")
     again = train(steps=3, save_every=1, flags=["--resume"])
     saved = re.findall(r"saved \$(\S+)", capsys.readouterr().err)  # 12 searches at $275 / 30,000
     assert saved == ["0.11", "0.11"]
@@ -727,6 +728,7 @@ def test_a_resumed_run_samples_with_the_checkpoints_weights(train, capsys):
     def stop(prompt, seed):
         os.kill(os.getpid(), signal.SIGTERM)
 
+    shutil.rmtree(whole.out / "checkpoints/step-000003")
     train(stop, steps=3, save_every=1, flags=["--resume"])
     assert "stopped after 2 steps" in " ".join(capsys.readouterr().err.split())
 

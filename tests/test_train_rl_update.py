@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import (ALGORITHMS, exact_model, gradient, make_critic, make_model, make_tokenizer,
-                     relative, saved_episodes, settings)
+                     relative, saved_episodes, settings, tune)
 from torch import tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -364,7 +364,7 @@ def taught_the_form(tokenizer, folder, draw):
         sequences.append(Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), **SIZES)
     s = sim.TuningSettings(out=folder, epochs=2, lr=1e-2, batch_size=16, batch_tokens=10_000)
-    sim.train_supervised(Accelerator(cpu=True), model, sequences, s)
+    tune(model, sequences, s)
     return model
 
 
