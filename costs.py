@@ -327,6 +327,9 @@ def run_bills(runs: dict[str, Path]) -> tuple[dict[str, dict], list[str]]:
 # ---------------------------------------------------------------- a plan
 
 
+ESTIMATED = ("policy_params", "simulator_params", "episode_tokens", "search_tokens", "utilisation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(Settings):
     steps: int = option(200, "Training steps.", above=0)
@@ -353,6 +356,10 @@ class PlanSettings(Settings):
                 raise UserError(f"--{name.replace('_', '-')} must be at most 1e+15")
         if self.hours and self.seconds_per_step:
             raise UserError("give --hours or --seconds-per-step, not both")
+
+    def unused(self) -> dict[str, str]:
+        known = self.hours or self.seconds_per_step
+        return dict.fromkeys(ESTIMATED if known else (), "where the run's length is given")
 
 
 @command(app, PlanSettings)

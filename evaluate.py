@@ -442,6 +442,10 @@ class RunSettings(FolderSettings, SearchSettings, EpisodeSettings):
         if self.engine == "none" and self.method not in (*WITHOUT_SEARCH, "agent"):
             raise UserError(f"--method {self.method} searches: --engine none can't serve it")
 
+    def unused(self) -> dict[str, str]:
+        # Several methods often share a command's options: those that never search are let alone.
+        return {} if self.method in WITHOUT_SEARCH else super().unused()
+
     def names(self) -> list[str]:
         """The benchmarks that are asked for."""
         if self.benchmark == "all":

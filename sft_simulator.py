@@ -158,7 +158,8 @@ class SearchSettings(EngineSettings, SimulatorSettings):
 
 
 ENGINES["simulator"] = Engine(lambda s: load_simulator(s, s.top_k), lambda s: (
-    None if s.simulator else f"--simulator: {MODEL_OR_SERVER}"))
+    None if s.simulator else f"--simulator: {MODEL_OR_SERVER}"),
+    reads=("simulator", "simulator_words", "simulator_temperature"), simulated=True)
 
 
 # ---------------------------------------------------------------- label: the tuning set
@@ -247,6 +248,9 @@ class LabelSettings(CommonSettings):
         if self.judge and not is_server(self.judge):
             raise UserError("--judge is a server's address, such as http://localhost:8000/v1")
 
+    def unused(self) -> dict[str, str]:
+        return super().unused() | ({} if self.judge else {"judge_model": "without --judge"})
+
 
 @command(app, LabelSettings)
 def label(s: LabelSettings) -> None:
@@ -256,16 +260,23 @@ def label(s: LabelSettings) -> None:
     prompts = load_prompts(s.prompts)
     needed = ("question", "golden_answers", "turns")
     records = [row for path in s.predictions for row in read_jsonl(path, required=needed)]
+    names = ", ".join(map(str, s.predictions))
+    if not any(turn.get("query") for record in records for turn in record["turns"]):
+        raise UserError(f"{names}: the agent made no search in {len(records)} episodes, so there "
+                        "is nothing to label: let a larger model collect, or teach this one the "
+                        "template with your own trajectories (train_rl.py warmup)")
     pairs = label_pairs(records, s.top_k)
     if s.judge and pairs:
         by_rule, pairs = pairs, judge_pairs(pairs, s.judge, s.judge_model, prompts["judge"])
         both = [(a.quality, b.quality) for a, b in zip(by_rule, pairs) if b]
         console.print(f"{len(pairs) - len(both)} pairs left out: the model's verdict was neither "
                       f"useful nor noisy\nthe rule and the model {agreement(both)}")
-    pairs = balance([pair for pair in pairs if pair is not None], s.limit, s.seed)
-    if not pairs:
-        names = ", ".join(map(str, s.predictions))
-        raise UserError(f"{names}: no query has {s.top_k} documents of either quality")
+    found = [pair for pair in pairs if pair is not None]
+    if not (pairs := balance(found, s.limit, s.seed)):
+        useful = sum(pair.quality == "useful" for pair in found)
+        raise UserError(f"{names}: {useful} useful and {len(found) - useful} noisy queries with "
+                        f"{s.top_k} documents (--top-k), and as many of each are needed: collect "
+                        "more, or with a larger --top-k")
     write_jsonl(s.out, map(asdict, pairs))
     bridges = sum(pair.target != pair.golden_answers for pair in pairs)
     console.print(f"{s.out}: {len(pairs)} pairs, half of them useful; {bridges} of bridge queries")
@@ -489,6 +500,11 @@ class OneSearchSettings(SearchSettings):
     simulator: str | None = option(DEMO_SIMULATOR, f"The simulator: {MODEL_OR_SERVER}.")
     question: str = option("", "simulator: the user's question.")
     answer: list[str] = option((), "simulator: its true answer (repeatable).")
+
+    def unused(self) -> dict[str, str]:
+        real = not ENGINES[self.engine].simulated
+        return super().unused() | dict.fromkeys(("question", "answer") * real,
+                                                f"with --engine {self.engine}")
 
 
 @command(app, OneSearchSettings)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import costs
 from plumbing.checkpoints import Checkpoints, check_tracker, saved_steps, start_tracker
 from plumbing.cli import (CommonSettings, Settings, UserError, argument, command, console, make_app,
-                          option, preset_callback, progress_bar, run_cli)
+                          option, preset_callback, progress_bar, run_cli, unread)
 from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, check_failures
 from plumbing.files import append_jsonl, draw_seed, read_jsonl, read_questions
 from plumbing.generate import Generator, Sampling
@@ -317,6 +317,8 @@ def score(episode: Episode, reward: str = "f1") -> None:
 
 # What --curriculum offers: (step, settings) -> p, the share of noisy searches; filled below.
 CURRICULA: dict[str, Callable[[int, "CurriculumSettings"], float]] = {}
+CURRICULUM_READS = {"exponential": ("p_start", "p_end", "base"), "constant": ("p_end",),
+                    "random": ("p_start", "p_end")}  # of an entry that isn't here: any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +333,10 @@ class CurriculumSettings(CommonSettings):
     p_start: float = option(0.0, "Share of noisy searches at the first step.", low=0, high=1)
     p_end: float = option(0.5, "Share at the last step.", low=0, high=1)
     base: float = option(4.0, "exponential: its base b; 1 is a straight line.", above=0)
+
+    def unused(self) -> dict[str, str]:
+        return super().unused() | dict.fromkeys(unread(CURRICULUM_READS, self.curriculum),
+                                                f"with --curriculum {self.curriculum}")
 
 
 def exponential(step: int, s: CurriculumSettings) -> float:
@@ -483,9 +489,9 @@ class Batch:
 
 def reinforce(batch: Batch, s: "TrainSettings") -> tuple[Tensor, None]:
     """Williams 1992. The paper subtracts no baseline: with rewards >= 0 nothing is pushed down."""
-    if s.baseline == "none":
-        return batch.rewards[:, None], None
-    return batch.by_group(leave_one_out), None
+    baselines = {"none": lambda: batch.rewards[:, None],
+                 "leave-one-out": lambda: batch.by_group(leave_one_out)}
+    return baselines[s.baseline](), None
 
 
 def grpo(batch: Batch, s: "TrainSettings") -> tuple[Tensor, None]:
@@ -513,16 +519,18 @@ class Algorithm:
     critic: bool = False
     groups: bool = True  # compares the attempts at a prompt with each other
     kl: Literal["loss", "reward"] = "loss"  # where the KL to the reference is paid
+    reads: tuple[str, ...] | None = None  # the settings of algorithms that it reads; None: any
 
 
 # What --algorithm offers. All share policy_loss, averaged over the batch's tokens (DAPO, eq. 8).
 # REINFORCE, GRPO: one advantage an episode, from its group; k3 in the loss. PPO (GAE, critic),
 # REINFORCE++: an advantage a token; k1 in the reward.
 ALGORITHMS = {
-    "reinforce": Algorithm(reinforce),
-    "grpo": Algorithm(grpo),
-    "ppo": Algorithm(ppo, critic=True, groups=False, kl="reward"),
-    "reinforce++": Algorithm(reinforce_plus_plus, groups=False, kl="reward"),
+    "reinforce": Algorithm(reinforce, reads=("baseline",)),
+    "grpo": Algorithm(grpo, reads=("scale_rewards",)),
+    "ppo": Algorithm(ppo, critic=True, groups=False, kl="reward",
+                     reads=("critic", "critic_lr", "gamma", "gae_lambda")),
+    "reinforce++": Algorithm(reinforce_plus_plus, groups=False, kl="reward", reads=("gamma",)),
 }
 
 
@@ -584,6 +592,17 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
         if self.eval_engine and (missing := ENGINES[self.eval_engine].missing(self)):
             raise UserError(f"--eval-engine {self.eval_engine} needs {missing}")
         check_tracker(self.logger)
+
+    def engines(self) -> list[str]:
+        return [self.engine] + [self.eval_engine] * bool(self.eval_every and self.eval_engine)
+
+    def unused(self) -> dict[str, str]:
+        ignored = unread({name: a.reads for name, a in ALGORITHMS.items()}, self.algorithm)
+        noise = () if ENGINES[self.engine].simulated else ("curriculum", "p_start", "p_end", "base")
+        held_out = () if self.eval_every else ("eval_limit", "eval_engine")
+        return (super().unused() | dict.fromkeys(noise, f"with --engine {self.engine}")
+                | dict.fromkeys(held_out, "without --eval-every")
+                | dict.fromkeys(ignored, f"with --algorithm {self.algorithm}"))
 
 
 # ---------------------------------------------------------------- the update

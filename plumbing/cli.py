@@ -10,12 +10,13 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+import typer.core
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn,
@@ -41,6 +42,11 @@ class Settings:
         """Raise UserError for a value out of bounds. Subclasses add checks across options."""
         for field in dataclasses.fields(self):
             check_value("--" + option_name(field), getattr(self, field.name), field.metadata)
+
+    def unused(self) -> dict[str, str]:
+        """Fields that have no effect beside the others, and why: "with --engine bm25". A user who
+        gives one is told; a preset's value is left alone. Subclasses add theirs."""
+        return {}
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON-compatible values."""
@@ -76,6 +82,15 @@ def option_name(field: dataclasses.Field) -> str:
     return field.metadata.get("name") or field.name.replace("_", "-")
 
 
+def unread(reads: Mapping[str, Collection[str] | None], *chosen: str) -> set[str]:
+    """Fields that entries of a registry read, but none of the chosen entries. reads: field names by
+    entry; None or no entry: not known, so that any may be read."""
+    if any(reads.get(name) is None for name in chosen):
+        return set()
+    of_others = {field for names in reads.values() for field in names or ()}
+    return of_others.difference(*(reads[name] for name in chosen))
+
+
 def check_value(name: str, value: Any, bounds: dict[str, Any]) -> None:
     """Raise UserError if a value is out of bounds. None (option not given) is always accepted."""
     if value is None:
@@ -95,9 +110,13 @@ def command(app: typer.Typer, settings: type[Settings]) -> Callable:
 
     def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(function)
-        def run(**values: Any) -> None:
+        def run(context: typer.Context, **values: Any) -> None:
             given = settings(**values)
             given.check()
+            for field in dataclasses.fields(settings):
+                source = context.get_parameter_source(field.name)
+                if (why := given.unused().get(field.name)) and source.name == "COMMANDLINE":
+                    raise UserError(f"--{option_name(field)} has no effect {why}")
             if getattr(given, "show_config", False):
                 print(json.dumps(given.record(), indent=1))
             else:
@@ -106,6 +125,8 @@ def command(app: typer.Typer, settings: type[Settings]) -> Callable:
         hints = get_type_hints(settings)
         parameters = [parameter(field, hints[field.name]) for field in dataclasses.fields(settings)]
         parameters.sort(key=lambda p: p.default is not p.empty)  # stable; required ones come first
+        parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY,
+                                            annotation=typer.Context))
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         app.command()(run)
@@ -147,9 +168,29 @@ def preset_callback(path: Path) -> Callable[[typer.Context, str | None], str | N
     return use
 
 
+class Command(typer.core.TyperCommand):
+    """A command that names all missing options, where Typer's names the first alone."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        options, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException:
+            absent = [p.opts[0] if p.opts[0].startswith("-") else p.opts[0].upper()
+                      for p in self.params if p.required
+                      and p.value_is_missing(p.consume_value(ctx, options)[0])]
+            if not absent:
+                raise
+            raise UserError(f"missing: {', '.join(absent)}") from None
+
+
+class App(typer.Typer):
+    def command(self, *names: Any, **how: Any) -> Callable:
+        return super().command(*names, **{"cls": Command} | how)
+
+
 def make_app(doc: str) -> typer.Typer:
-    return typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                       help=doc)
+    return App(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=doc)
 
 
 def run_cli(app: typer.Typer) -> None:

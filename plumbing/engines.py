@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from plumbing.cli import Settings, UserError, option
+from plumbing.cli import Settings, UserError, option, unread
 from plumbing.files import read_jsonl
 from plumbing.text import ROOT, clean
 
@@ -61,15 +61,20 @@ class SearchEngine(Protocol):
 class Engine:
     """An entry of ENGINES. make: an engine from a command's settings.
 
-    missing: what the settings lack, or None; asked at once, before anything is loaded."""
+    missing: what the settings lack, or None; asked at once, before anything is loaded.
+    reads: the settings of engines that it reads, limits aside, which hold for all; None: any.
+    simulated: whether a search is asked for useful or noisy documents."""
 
     make: Callable[["EngineSettings"], SearchEngine | None]
     missing: Callable[["EngineSettings"], str | None] = lambda s: None
+    reads: tuple[str, ...] | None = None
+    simulated: bool = False
 
 
 # The choices of --engine. web.py adds http and serpapi, sft_simulator.py the simulator.
-ENGINES: dict[str, Engine] = {"bm25": Engine(lambda s: BM25Engine(s.corpus, s.top_k)),
-                              "none": Engine(lambda s: None)}
+ENGINES: dict[str, Engine] = {
+    "bm25": Engine(lambda s: BM25Engine(s.corpus, s.top_k), reads=("corpus",)),
+    "none": Engine(lambda s: None, reads=())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,15 @@ class EngineSettings(Settings):
         super().check()
         if missing := ENGINES[self.engine].missing(self):
             raise UserError(f"--engine {self.engine} needs {missing}")
+
+    def engines(self) -> list[str]:
+        """The engines that are asked."""
+        return [self.engine]
+
+    def unused(self) -> dict[str, str]:
+        reads = {name: engine.reads for name, engine in ENGINES.items()}
+        return super().unused() | dict.fromkeys(unread(reads, *self.engines()),
+                                                f"with --engine {self.engine}")
 
 
 def titled(title: str, text: str) -> str:
@@ -119,7 +133,7 @@ class BM25Engine:
             self._texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _build(self, bm25s, corpus: Path, folder: Path) -> None:
-        rows = read_jsonl(corpus, required=("title", "text"))
+        rows = read_jsonl(corpus, texts=("title", "text"))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             new = Path(temporary) / "index"

@@ -68,11 +68,27 @@ def simulator_tuning(name: str) -> dict[str, Any]:
 def resolve_model(name: str) -> str:
     """Folder of the embedded model, fetched on first use; any other name unchanged.
 
-    Raises UserError if the name is a path and does not exist."""
-    looks_like_a_path = name.startswith((".", "/")) or name.count("/") > 1  # a Hub id is OWNER/NAME
-    if looks_like_a_path and not Path(name).exists():
-        raise UserError(f"there is no model in {name}")
-    return str(fetch_smollm2()) if name == "smollm2" else name
+    Raises UserError if the name is a path without a model, and says where there is one."""
+    if name == "smollm2":
+        return str(fetch_smollm2())
+    path = Path(name)
+    is_path = name.startswith((".", "/")) or name.count("/") != 1 or Path(path.parts[0]).is_dir()
+    if path.exists() or "/" in name and is_path:  # else a Hub id: OWNER/NAME
+        check_model_folder(path)
+    return name
+
+
+def check_model_folder(path: Path) -> None:
+    """Raise UserError for a folder without a model, with what to do about it."""
+    if any(path.glob("*.safetensors*")) or any(path.glob("*.bin*")) or any(path.glob("tokenizer*")):
+        return
+    near = sorted(path.glob("model/*.safetensors")) or sorted(path.glob("*/model/*.safetensors"))
+    demo = next((name for name in ("demo", "demo-quick")
+                 if (ROOT / "runs" / name).resolve() in [path.resolve(), *path.resolve().parents]),
+                None)
+    hint = (f": did you mean {near[0].parent}?" if near
+            else f": `make {demo}` makes those of the demo" if demo else "")
+    raise UserError(f"there is no model in {path}{hint}")
 
 
 def fetch_smollm2() -> Path:

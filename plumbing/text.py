@@ -88,7 +88,8 @@ Prompts = dict[str, dict[str, str]]
 
 def load_prompts(path: Path | None = None) -> Prompts:
     """The kit's templates by table and name, replaced by those in `path`. Raises UserError if one
-    there has an unknown name or the file can't be read."""
+    there is unknown, is no text, or has not the {names} that it needs, or if the file can't be
+    read."""
     prompts = tomllib.loads(PROMPTS_FILE.read_text(encoding="utf-8"))
     if path is None:
         return prompts
@@ -97,19 +98,49 @@ def load_prompts(path: Path | None = None) -> Prompts:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     for table, entries in custom.items():
-        for name, wording in entries.items() if isinstance(entries, dict) else [(None, entries)]:
-            if name not in prompts.get(table, {}):
-                raise UserError(f"{path}: the kit has no template {table}.{name}")
+        if not isinstance(entries, dict) or table not in prompts:
+            raise UserError(f"{path}: {table} is no table of data/prompts.toml: they are "
+                            f"{', '.join(f'[{name}]' for name in prompts)}")
+        for name, wording in entries.items():
+            if name not in prompts[table]:
+                raise UserError(f"{path}: the kit has no template {table}.{name}: there are "
+                                f"{', '.join(prompts[table])}")
             if not isinstance(wording, str):
                 raise UserError(f"{path}: {table}.{name} must be a text")
-            prompts[table][name] = wording
+        check_names(prompts[table], prompts[table] | entries, f"{path}: {table}")
+        prompts[table] |= entries
     return prompts
+
+
+NAME = re.compile(r"\{(\w+)\}")
+TOGETHER = ("system", "user", "heading")  # of a simulator: filled in with the same values
+QUALITY = {"quality", "Quality", "hint"}
+
+
+def check_names(kit: dict[str, str], own: dict[str, str], where: str) -> None:
+    """Raise UserError if own templates have a {name} that the kit's lack, or lack one they need:
+    query (where there is none, question), documents, and for a simulator what tells its quality."""
+    groups = [TOGETHER] if "heading" in kit else []
+    for group in groups + [(name,) for name in kit if not (groups and name in TOGETHER)]:
+        known, found = ({name for part in group for name in NAME.findall(texts[part])}
+                        for texts in (kit, own))
+        place = f"{where}.{' and '.join(group)}"
+        shown = lambda names: ", ".join(f"{{{name}}}" for name in sorted(names))  # noqa: E731
+        if unknown := found - known:
+            raise UserError(f"{place}: unknown {shown(unknown)}; "
+                            f"there are {shown(known) or 'none'}")
+        needed = known & ({"query", "documents"} if "query" in known else {"question", "documents"})
+        if missing := needed - found:
+            raise UserError(f"{place}: lacks {shown(missing)}")
+        if known & QUALITY and not found & QUALITY:
+            raise UserError(f"{place}: lacks one of {shown(QUALITY)}: useful and noisy documents "
+                            "would be asked for in the same words")
 
 
 def fill(template: str, **values: object) -> str:
     """Replace each {name} in one pass, so that a {name} inside a value stays as it is."""
     template = template.strip(" \n")
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+    return NAME.sub(lambda match: str(values.get(match[1], match[0])), template)
 
 
 def prompt_ids(tokenizer, system: str, user: str, start: str = "") -> list[int]:

@@ -138,6 +138,7 @@ def serpapi_key() -> str:
 
 
 ENGINES["http"] = Engine(lambda s: HTTPEngine(s.url, s.top_k), lambda s: None if s.url and
-                         is_server(s.url) else "--url, such as http://localhost:8000/retrieve")
+                         is_server(s.url) else "--url, such as http://localhost:8000/retrieve",
+                         reads=("url",))
 ENGINES["serpapi"] = Engine(lambda s: SerpApiEngine(s.top_k), lambda s: None if serpapi_key() else
-                            "the key in the environment: SERPAPI_API_KEY")
+                            "the key in the environment: SERPAPI_API_KEY", reads=())

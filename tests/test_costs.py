@@ -237,7 +237,7 @@ def test_plan_takes_each_option(ok, prices, length, lines):
     (["plan", "--gpu", "cpu-core"], "no bf16_tflops"),
     (["plan", "--prices", "nowhere.toml"], "nowhere.toml"),
     (["run", "nowhere"], "config.json"),
-    (["run"], "Missing argument 'runs'"),
+    (["run"], "missing: RUNS"),
     (["pay"], "pay"),
 ])
 def test_bad_arguments_are_one_line(refused, arguments, says):

@@ -30,7 +30,8 @@ def test_a_recipe_runs_as_it_stands(name, jsonl, policy, monkeypatch, tmp_path):
     option = re.search(r"train (--\w+ \w+)", RECIPES[name])[1].split()
     data = jsonl("train.jsonl", [question(i) for i in range(4)])
     options = ["--data", data, "--model", policy, "--out", tmp_path / "run", "--kl-coef", 0,
-               "--engine", "grep" if name == "grep" else "none", "--corpus", corpus, *BUDGET, *more]
+               *(["--engine", "grep", "--corpus", corpus] if name == "grep" else
+                 ["--engine", "none"]), *BUDGET, *more]
     monkeypatch.setattr(sys, "argv", [script.name, "train", *map(str, options), *option])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")

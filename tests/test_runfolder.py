@@ -63,11 +63,12 @@ def test_a_start_that_fails_costs_no_run_and_leaves_none(stages, old, capsys, mo
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     gone = tmp_path / "gone"
+    held_out = ["--eval-every", 1, "--eval-data", empty, "--eval-engine", "bm25"]  # reads --corpus
     wrong = {"simulator": [["--model", gone], ["--prompts", gone]],
              "warm-up": [["--model", gone], ["--prompts", gone]],
              "policy": [["--model", gone], ["--corpus", gone], ["--data", gone], ["--data", empty],
-                        ["--engine", "simulator", "--simulator", gone],
-                        ["--engine", "simulator", "--simulator", down]],
+                        ["--engine", "simulator", "--simulator", gone, *held_out],
+                        ["--engine", "simulator", "--simulator", down, *held_out]],
              "evaluation": [["--model", gone], ["--engine", "bm25", "--corpus", gone],
                             ["--engine", "simulator", "--simulator", down]]}
     for stage, mistakes in wrong.items():

@@ -226,7 +226,7 @@ def test_batch_tokens_cut_the_step(tune, monkeypatch, name):
 @BOTH
 def test_settings_are_written_and_the_prompts_file_rewords(tune, name, tmp_path, tokenizer):
     custom = tmp_path / "mine.toml"
-    custom.write_text('[simulator]\nsystem = "S"\nuser = "{quality} {hint}"\nheading = ""\n'
+    custom.write_text('[simulator]\nsystem = "S"\nuser = "{quality} {hint} {query}"\nheading = ""\n'
                       'noisy_hint = "no"\n[policy]\nsystem = "S"\nuser = "{question}!"\n')
     settings = {"epochs": 2, "lr": 0.25, "batch_size": 3, "batch_tokens": 99, "seed": 4,
                 "prompts": str(custom)} | ({"words": 9} if name == "train" else {"top_k": 2})
@@ -234,7 +234,7 @@ def test_settings_are_written_and_the_prompts_file_rewords(tune, name, tmp_path,
     run = tune(name, rows, **settings)
     saved = json.loads((run.out / "config.json").read_text())["settings"]
     assert settings.items() <= saved.items()
-    texts = ("noisy no", "1. a\n2. b<|im_end|>") if name == "train" else ("p!", "r")
+    texts = ("noisy no q", "1. a\n2. b<|im_end|>") if name == "train" else ("p!", "r")
     ids, mask = pieces(tokenizer, CHAT.format("S", texts[0], ""), texts[1])
     assert run.tokens == [2 * len(ids)]  # a step goes on into the next epoch
     assert f"1 sequences, {len(ids)} tokens, {sum(mask)} of them trained" in run.shown
@@ -391,14 +391,14 @@ def test_probe_worked_by_hand(plug, jsonl, tmp_path, capsys):
 
 def test_probe_options_reach_the_simulator(plug, jsonl, tmp_path):
     (tmp_path / "mine.toml").write_text(
-        '[simulator]\nsystem = "S"\nuser = "{k} {words} {query}"\nheading = "H:"\n')
+        '[simulator]\nsystem = "S"\nuser = "{k} {words} {query}"\nheading = "{quality}:"\n')
     fake, path = plug(lambda *_: "1. a\n2. b"), jsonl("p.jsonl", [pair(str(i)) for i in range(66)])
     own = {"simulator_words": 9, "simulator_max_tokens": 77, "simulator_temperature": 0.3,
            "generator": "hf", "prompts": tmp_path / "mine.toml"}
     for settings in (own | {"seed": 1}, own | {"seed": 1}, own | {"seed": 2}, {}):
         command(sim, "probe", path, "--simulator", "SIM", *options(settings))
     assert [len(call.prompts) for call in fake.calls] == [64, 2] * 4
-    assert fake.prompts[:66] == [CHAT.format("S", f"2 9 {i}", "H:\n") for i in range(66)]
+    assert fake.prompts[:66] == [CHAT.format("S", f"2 9 {i}", "useful:\n") for i in range(66)]
     assert [call.sampling for call in fake.calls] == (
         [Sampling(77, 0.3, ())] * 6 + [Sampling(600, 0.8, ())] * 2)  # the defaults
     assert len(set(fake.seeds[:198])) == 2 * 66 and fake.seeds[:66] == fake.seeds[66:132]
@@ -429,10 +429,10 @@ def test_search_shows_both_qualities_and_passes_its_options(plug, tmp_path, caps
     assert useful.startswith("useful)") and "1 │ good one" in useful
     assert noisy.startswith("noisy)") and "1 │ bad one" in noisy
     assert fake.seeds == [3, 3] and fake.calls[0].sampling == Sampling(600, 0.8, ())
-    (tmp_path / "mine.toml").write_text('[simulator]\nuser = "{question} {words} {k}"\n')
+    (tmp_path / "mine.toml").write_text('[simulator]\nuser = "{query}: {question} {words} {k}"\n')
     command(sim, "search", "Peru", "--engine", "simulator", "--simulator", "SIM",
             "--prompts", tmp_path / "mine.toml")
-    assert "user\nPeru 25 3<|im_end|>" in fake.prompts[2]  # without a question: the query
+    assert "user\nPeru: Peru 25 3<|im_end|>" in fake.prompts[2]  # without a question: the query
     assert fake.seeds[2] == 0
 
 
@@ -496,7 +496,7 @@ def test_label_train_probe_run(plug, capsys, monkeypatch, jsonl, tiny, tmp_path)
     (["search", "x", "--top-k", "0"], ["--top-k must be at least 1, not 0"]),
     (["train", "pairs.jsonl", "--model", "no/such-model", "--out", "x"], ["no/such-model"]),
     (["train", "blank.jsonl", "--out", "x"], ["blank.jsonl:2: prompt and response"]),
-    (["search"], ["Missing argument"]),
+    (["search"], ["missing: QUERY"]),
     (["search", "x", "--engine", "bing"], ["bing"]),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, words):

@@ -251,7 +251,11 @@ def train(monkeypatch, tmp_path, jsonl, data, tiny, tokenizer, exact, sgd):
         loads = plug_generators(monkeypatch, fakes)
         settings = {"data": jsonl("own.jsonl", rows) if rows else data, "model": tiny,
                     "simulator": simulator, "out": tmp_path / out}
-        settings |= SMALL | {name.replace("_", "-"): value for name, value in options.items()}
+        ignored = rl.TrainSettings(**{"data": data, "out": tmp_path} | options).unused()
+        settings |= {name: x for name, x in SMALL.items() if name.replace("-", "_") not in ignored}
+        if options.get("engine", "simulator") != "simulator":
+            del settings["simulator"]
+        settings |= {name.replace("_", "-"): value for name, value in options.items()}
         made, folder = len(sgd), tmp_path / out
         given = [part for name, value in settings.items() for part in (f"--{name}", value)]
         command(rl, "train", *given, *flags)
@@ -444,7 +448,7 @@ RANDOM = {"curriculum": "random", "p_start": 0.4, "p_end": 0.6, "seed": 1, "step
     ({}, [0, (4**0.5 - 1) / 3, 1]),
     ({"base": 1}, [0, 0.5, 1]),
     ({"p_start": 1, "p_end": 0}, [1, 1 - (4**0.5 - 1) / 3, 0]),
-    ({"p_start": 0.25, "p_end": 0.75, "curriculum": "constant"}, [0.75] * 3),
+    ({"p_end": 0.75, "curriculum": "constant"}, [0.75] * 3),
     (RANDOM, [rl.CURRICULA["random"](i, rl.CurriculumSettings(**RANDOM)) for i in range(3)]),
 ], ids=str)
 def test_the_curriculum_decides_what_the_simulator_is_asked_for(train, options, expected):
