@@ -8,7 +8,8 @@ import sys
 import click
 import pytest
 import typer
-from helpers import BUDGET, ROOT, data_script, question, read_lines
+from helpers import (BUDGET, ROOT, FakeGenerator, command, data_script, plug_generators, question,
+                     read_lines)
 
 import costs
 import evaluate
@@ -70,6 +71,42 @@ def test_a_command_is_understood_as_it_is_written(line):
     if isinstance(app, click.Group):
         app, arguments = app.commands[arguments[0]], arguments[1:]
     app.make_context(script, [word for word in arguments if word != "..."])
+
+
+def test_a_corpus_of_ones_own_goes_through_all_stages(jsonl, policy, tmp_path, monkeypatch,
+                                                       tokenizer):
+    """50 passages and 20 questions, by the commands as they stand there on a small budget; what the
+    models write is scripted."""
+    jsonl("passages.jsonl", [{"title": f"Town {i}", "text": f"The town {i} has the river R{i}."}
+                             for i in range(50)])
+    for name, numbers in (("train", range(12)), ("dev", range(12, 16)), ("test", range(16, 20))):
+        jsonl(f"{name}.jsonl", [{"id": f"q{i}", "golden_answers": [f"R{i}"],
+                                 "question": f"Which river has town {i}?"} for i in numbers])
+
+    def agent(prompt: str, seed: int) -> str:
+        town = re.search(r"has town (\d+)", prompt)[1]
+        if "<information>\n1." in prompt:
+            return f"<answer> R{town} </answer>"
+        return f"<search> river of town {town} </search>"
+
+    simulator = FakeGenerator(tokenizer, lambda *_: "\n".join(f"{n}. R{n}" for n in range(1, 6)))
+    policies = (str(policy), "runs/policy/model")
+    plug_generators(monkeypatch, {name: FakeGenerator(tokenizer, agent) for name in policies}
+                    | {"runs/simulator/model": simulator})
+    monkeypatch.chdir(tmp_path)
+    budget = {"train_rl.py": ["--steps", 1, "--prompts-per-step", 2, "--rollouts", 2,
+                              "--eval-limit", 2]}
+    block = next(block for block in README.split("```bash\n") if block.startswith("# 1. collect"))
+    for line in block.split("```")[0].replace("\\\n", " ").splitlines():
+        if ".py " in line:
+            _, script, *words = shlex.split(line)
+            words = [str(policy) if word.startswith("Qwen/") else word for word in words]
+            command(CHAPTERS[script], *words, *budget.get(script, []))
+    pairs = read_lines(tmp_path / "runs/pairs.jsonl")
+    assert {pair["quality"] for pair in pairs} == {"useful", "noisy"} and len(pairs) > 10
+    assert len(read_lines(tmp_path / "runs/policy/eval.jsonl")) == 2
+    assert [r["scores"]["em"] for r in read_lines(tmp_path / "runs/test/predictions.jsonl")] == [
+        1, 1, 1, 1]
 
 
 def test_there_are_commands():
