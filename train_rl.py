@@ -872,7 +872,7 @@ def train(s: TrainSettings) -> None:
                     metrics = record(run, step, episodes, losses | clock.metrics())
                     bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  "
                                f"noise {metrics['noise/p']:.2f}  "
-                               f"API bill saved ${costs.search_bill(run.searches):.2f}")
+                               f"searches at an API ${costs.search_bill(run.searches):.2f}")
                 evaluate_held_out(run, done=s.steps)
             run.checkpoints.end(run.policy, run.setup.tokenizer)
 
@@ -966,7 +966,7 @@ def record(run: Run, step: int, episodes: list[Episode],
     if accelerator.is_main_process:
         append_jsonl(s.out / "episodes.jsonl", [{"step": step} | e.record() for e in episodes])
         append_jsonl(s.out / "metrics.jsonl", [metrics])
-        if warning := collapse_warning(metrics):
+        if warning := collapse_warning(metrics, run.setup.engine is not None):
             console.print(f"step {step}: {warning}", style="yellow")
     accelerator.log(metrics, step=step)
     run.checkpoints.step_done(step + 1, of=s.steps)

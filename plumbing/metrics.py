@@ -61,11 +61,13 @@ def agreement(pairs: list[tuple[str, str]]) -> str:
     return f"agree on {100 * agreed:.1f} % of {len(pairs)} pairs (Cohen's kappa {kappa:.2f})"
 
 
-def collapse_warning(metrics: dict[str, float]) -> str | None:
+def collapse_warning(metrics: dict[str, float], can_search: bool) -> str | None:
     """A sentence if the policy is falling apart, else None."""
     if metrics["reward/answered"] < 0.05:
         return ("almost no episode answers: a policy that can't follow the template needs `warmup` "
                 "first, or a lower --lr")
+    if can_search and metrics["search/per_episode"] < 0.05:
+        return "almost no episode searches: look at some (evaluate.py show), and at the simulator"
     if metrics["loss/entropy"] < 0.005 and metrics["tokens/trained"] > 1:
         return "the policy's entropy is almost 0: it tries nothing new and will learn nothing more"
     return None
