@@ -169,7 +169,7 @@ ENGINES["simulator"] = Engine(lambda s: load_simulator(s, s.top_k), lambda s: (
 class Pair:
     """One example of the tuning set: documents of one quality for one query.
 
-    target: the answers to the *query*; a bridge query asks for another fact than the question."""
+    target: the answers to the *query*. A bridge query asks for a fact on the way to the answer."""
 
     question: str
     golden_answers: list[str]
@@ -186,7 +186,8 @@ class Pair:
 def label_pairs(records: list[dict[str, Any]], k: int) -> list[Pair]:
     """Pairs of the turns of trajectories. Documents are useful if they hold what the query asks.
 
-    An evaluation with a larger --top-k leaves deeper ranks in a turn: they make a noisy twin."""
+    Where documents below rank k (of an evaluation with a larger --top-k) lack the answer, k of them
+    are a noisy example for the same query."""
     pairs = []
     for record in records:
         for turn in record["turns"]:

@@ -9,9 +9,10 @@
 turns and scores its answers; `learn` says which tokens did better than expected
 (`estimate_targets`) and makes them likelier (`train_epoch`). Documents are read, never trained.
 
+The defaults are the paper's: days on a laptop. results/demo/run.sh has a budget for two CPU cores.
+
 \b
-    python train_rl.py train --data data/world/train.jsonl --model runs/demo/warmup/model \\
-        --simulator runs/demo/simulator/model --out runs/demo/policy
+    python train_rl.py train --data train.jsonl --simulator http://host:8000/v1 --out runs/policy
     accelerate launch train_rl.py train ...     # any number of devices, by Accelerate's own config
 """
 
@@ -399,7 +400,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
         lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16). -> advantages, returns.
 
-    All (B, L): policy tokens alone, packed to the left. A document between two is not there."""
+    All (B, L): policy tokens alone, packed to the left, as if documents were not there."""
     advantages = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])
     following = torch.zeros_like(rewards[:, 0])  # value of the next policy token, 0 after the last
@@ -427,10 +428,11 @@ def whiten(values: Tensor, mean: Tensor, std: Tensor, mask: Tensor) -> Tensor:
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float,
                 clip_high: float, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate (PPO, Schulman et al. 2017, eq. 7), bounds apart (DAPO, eq. 10). All (N,).
+    """Clipped surrogate (PPO, Schulman et al. 2017, eq. 7; separate bounds: DAPO, eq. 10). (N,).
 
-    Returns loss and whether it was clipped. Where the ratio is 1, as in a step's first update, its
-    gradient is REINFORCE's: -A grad log pi. The weights, the sampler correction, are constants."""
+    Returns the loss and whether it was clipped. In a step's first update the ratio is 1: nothing is
+    clipped, and the gradient is REINFORCE's, -A grad log pi. weights: constants, the sampler
+    correction (`importance_weights`)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -weights * torch.min(ratio * advantages, clipped * advantages)
@@ -438,7 +440,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(pi_trainer / pi_sampler, cap), for two engines never compute quite the same. All (N,).
+    """min(pi_trainer / pi_sampler, cap): corrects small differences between two engines. All (N,).
 
     1 with a cap of 0, which turns the correction off."""
     if not cap:
@@ -447,7 +449,7 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
 
 
 def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """KL(policy || reference) a token: e^d - d - 1 with d = log ref - log pi. All (N,).
+    """Estimate of KL(policy || reference) at each token: e^d - d - 1, d = log ref - log pi. (N,).
 
     Schulman 2020 ("k3"), as in GRPO (DeepSeekMath, eq. 4). It is *added* to the loss."""
     difference = reference_logprobs - logprobs
@@ -469,7 +471,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor,
 
 @dataclass
 class Batch:
-    """What an algorithm makes advantages of: B episodes of up to L trained tokens, packed left."""
+    """B episodes of up to L trained tokens, packed to the left, to compute advantages from."""
 
     rewards: Tensor  # (B,) float64
     groups: list[list[int]]  # indices of each prompt's episodes, less those whose search failed
@@ -488,7 +490,7 @@ class Batch:
 
 
 def reinforce(batch: Batch, s: "TrainSettings") -> tuple[Tensor, None]:
-    """Williams 1992. The paper subtracts no baseline: with rewards >= 0 nothing is pushed down."""
+    """Williams 1992. The paper subtracts no baseline: no advantage is negative then."""
     baselines = {"none": lambda: batch.rewards[:, None],
                  "leave-one-out": lambda: batch.by_group(leave_one_out)}
     return baselines[s.baseline](), None
@@ -518,7 +520,7 @@ class Algorithm:
     advantages: Callable[[Batch, "TrainSettings"], tuple[Tensor, Tensor | None]]
     critic: bool = False
     groups: bool = True  # compares the attempts at a prompt with each other
-    kl: Literal["loss", "reward"] = "loss"  # where the KL to the reference is paid
+    kl: Literal["loss", "reward"] = "loss"  # the KL penalty: added to it, or taken from it
     reads: tuple[str, ...] | None = None  # the settings of algorithms that it reads; None: any
 
 
@@ -548,7 +550,7 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
     top_k: int = option(5, "Documents that a search returns.", low=1)
     failed_searches: int = option(0, "Searches that may fail; their episodes are left out.", low=0,
                                   resumable=True)
-    algorithm: str = option("grpo", "How advantages come of rewards.", choices=ALGORITHMS)
+    algorithm: str = option("grpo", "How advantages are estimated.", choices=ALGORITHMS)
     reward: str = option("f1", "What is rewarded.", choices=REWARDS)
     prompts_per_step: int = option(64, "Questions a step, over all processes.", low=1)
     rollouts: int = option(5, "Attempts at each question.", low=1)
@@ -640,7 +642,7 @@ def make_trainer(accelerator: Accelerator, s: TrainSettings) -> Trainer:
 
 @dataclass
 class Targets:
-    """What the update aims at, one tensor (L_i,) an episode."""
+    """Per-token inputs of the update, one tensor (L_i,) an episode."""
 
     advantages: list[Tensor]
     sampler: list[Tensor]  # log-probs of the sampler; NaN at tokens that it never sampled
