@@ -31,6 +31,7 @@ from plumbing.cli import (CommonSettings, UserError, argument, command, console,
 from plumbing.engines import (ENGINES, QUERY_CHARACTERS, Engine, EngineSettings, Quality,
                               SearchRequest, SearchResult)
 from plumbing.files import append_jsonl, draw_seed, read_jsonl, write_json, write_jsonl
+from plumbing.formats import read_trajectories
 from plumbing.generate import Generator, Sampling
 from plumbing.metrics import agreement
 from plumbing.models import (load_model, load_tokenizer, make_accelerator, simulator_tuning)
@@ -259,8 +260,7 @@ def label(s: LabelSettings) -> None:
 
     The rule looks for the answer in them; a language model as judge (the paper's) reads them."""
     prompts = load_prompts(s.prompts)
-    needed = ("question", "golden_answers", "turns")
-    records = [row for path in s.predictions for row in read_jsonl(path, required=needed)]
+    records = [row for path in s.predictions for row in read_trajectories(path)]
     names = ", ".join(map(str, s.predictions))
     if not any(turn.get("query") for record in records for turn in record["turns"]):
         raise UserError(f"{names}: the agent made no search in {len(records)} episodes, so there "
@@ -288,7 +288,8 @@ def label(s: LabelSettings) -> None:
 
 def read_pairs(path: Path) -> list[Pair]:
     names = [part.name for part in fields(Pair)]
-    return [Pair(**{name: row[name] for name in names}) for row in read_jsonl(path, names)]
+    rows = read_jsonl(path, names, texts=("question", "query", "quality"))
+    return [Pair(**{name: row[name] for name in names}) for row in rows]
 
 
 def read_tuning_set(path: Path) -> list[Pair] | list[dict[str, str]]:

@@ -38,6 +38,7 @@ from plumbing.cli import (CommonSettings, Settings, UserError, argument, command
                           option, preset_callback, progress_bar, run_cli, unread)
 from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, check_failures
 from plumbing.files import append_jsonl, draw_seed, read_jsonl, read_questions
+from plumbing.formats import read_trajectories
 from plumbing.generate import Generator, Sampling
 from plumbing.metrics import (collapse_warning, eval_metrics, rollout_metrics,
                               update_metrics)
@@ -787,7 +788,7 @@ def warmup(s: WarmupSettings) -> None:
     policy's own tokens only.
 
     Not part of the paper: its models follow the template when asked to, the embedded one not."""
-    records = read_jsonl(s.trajectories, required=("id", "question", "golden_answers", "turns"))
+    records = read_trajectories(s.trajectories, "id")
     accelerator, prompts = make_accelerator(), load_prompts(s.prompts)
     main = accelerator.is_main_process
     with RunFolder(s, prompts, main, trajectories=s.trajectories) as folder:

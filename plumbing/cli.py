@@ -202,6 +202,7 @@ def run_cli(app: typer.Typer) -> None:
         sys.exit(code)
     except (UserError, typer.TyperException, OSError) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        text = " ".join(text.encode("utf-8", "replace").decode().split())  # one line of Unicode
         if text:  # none where no command was named: the help has been printed
             console.print(f"error: {text}", style="red", markup=False, highlight=False,
                           soft_wrap=True)

@@ -94,7 +94,7 @@ def without(path: Path, rows: list[dict], skipped: list[tuple[int, dict]],
     if not (kept := [row for i, row in enumerate(rows, start=1) if i not in numbers]):
         raise UserError(f"{path}: no row can be used: {why}")
     if skipped:
-        named = ", ".join(f"row {number} (id {row.get('id')})" for number, row in skipped[:3])
+        named = ", ".join(f"row {number} (id {row.get('id')!r})" for number, row in skipped[:3])
         console.print(f"{path}: {len(skipped)} of {len(rows)} rows skipped, {why}: {named}"
                       + ", ..." * (len(skipped) > 3), markup=False, soft_wrap=True)
     return kept

@@ -43,6 +43,28 @@ def read_predictions(path: Path, *fields: str) -> list[Row]:
     return answered
 
 
+def read_trajectories(path: Path, *fields: str) -> list[Row]:
+    """Recorded episodes: question, golden_answers, turns with texts, queries and documents. Raises
+    UserError."""
+    rows = read_jsonl(path, ("golden_answers", "turns", *fields), texts=("question",))
+    for number, row in enumerate(rows, start=1):
+        check_golden(row, f"{path}:{number}")
+        turns = row["turns"]
+        if not (isinstance(turns, list) and all(map(is_turn, turns))):
+            raise UserError(f"{path}:{number}: turns must be a list of objects with a text, and "
+                            "maybe a query and a list of documents")
+    return rows
+
+
+def is_turn(turn: Any) -> bool:
+    """Whether a turn of a record has the fields of train_rl.Turn, as far as they are read again."""
+    if not isinstance(turn, dict):
+        return False
+    documents, query = turn.get("documents") or [], turn.get("query")
+    return (isinstance(turn.get("text"), str) and isinstance(query, str | None)
+            and isinstance(documents, list) and all(isinstance(d, str) for d in documents))
+
+
 def read_paired(a: Path, b: Path) -> tuple[list[Row], list[Row]]:
     """Two files of predictions that answer the same questions under the same ids. Raises UserError,
     with the first difference: row numbers are ids too, and those of two benchmarks look alike."""

@@ -61,6 +61,8 @@ class RunFolder:
     def check(self) -> None:
         """Raise UserError unless this run may have the folder."""
         out = self.s.out
+        if missing := [path for path in self.reads.values() if not Path(path).exists()]:
+            raise UserError(f"{missing[0]}: no such file")
         finish_moves(out)
         if self.s.resume:
             self.check_same_run(read_config(out))

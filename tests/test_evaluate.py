@@ -27,16 +27,18 @@ from plumbing.text import ROOT, cover_em, encode, normalize_answer
 
 WORDS = ["the", "a", "An", "Paris", "paris", "São", "Tomé", "Zürich", "東京", "3.5%", "U.S.",
          "it's", "-", "?!", "", " ", "won", "North Korea", "\u00a0", "naïve", "“quoted”", "10,000",
-         "theatre", "Anna"]
+         "theatre", "Anna", "yes", "No", "1999", "9", "İstanbul", "ﬁne", "Ⅳ", "$5", "the the"]
 
 
-def test_em_and_f1_equal_torchmetrics():
+def test_metrics_equal_torchmetrics_and_the_published_definition():
+    """EM and F1 are torchmetrics'. The published EM is cover_em: a normalised golden answer is a
+    substring of the normalised answer, whatever is left of it."""
     from torchmetrics.functional.text.squad import (_compute_exact_match_score, _compute_f1_score,
-                                                    _metric_max_over_ground_truths)
+                                                    _metric_max_over_ground_truths, _normalize_text)
     def text():
         return rng.choice((" ", "  ", "\n", "-")).join(rng.choices(WORDS, k=rng.randint(0, 4)))
-    rng, hits = random.Random(0), 0
-    for _ in range(16_000):
+    rng, hits, covered = random.Random(0), 0, 0
+    for _ in range(10_000):
         golds = [text() for _ in range(rng.randint(1, 4))]
         answer = rng.choice(golds) if rng.random() < 0.3 else text()
         em = _metric_max_over_ground_truths(_compute_exact_match_score, answer, golds)
@@ -44,8 +46,10 @@ def test_em_and_f1_equal_torchmetrics():
         scores = evaluate.answer_scores(answer, golds)
         assert scores["em"] == float(em), (answer, golds)
         assert scores["f1"] == pytest.approx(float(f1), abs=1e-6), (answer, golds)
-        hits += scores["em"]
-    assert 0.2 < hits / 16_000 < 0.8
+        cover = any(_normalize_text(gold) in _normalize_text(answer) for gold in golds)
+        assert scores["cover_em"] == float(cover), (answer, golds)
+        hits, covered = hits + scores["em"], covered + scores["cover_em"]
+    assert 0.2 < hits / 10_000 < covered / 10_000 - 0.05 < 0.8
 
 
 @pytest.mark.parametrize(("answer", "golds", "expected"), [
@@ -72,18 +76,30 @@ def test_score_is_stable_to_the_last_digit(jsonl, capsys):
         [997, 100 * answers.count("x") / 997, 100 * sum(map(bool, answers)) / 997])
 
 
+def poisson_mean(count):
+    """The mean at which a Poisson variable reaches the count in 5 % of draws."""
+    means = np.linspace(0, 1, 100_001)
+    less = sum(np.exp(-means) * means**i / math.factorial(i) for i in range(count))
+    return np.interp(0.05, 1 - less, means)
+
+
 def score_interval(percent, n):
-    """Wilson's interval: the p of which the observed share is 1.96 standard errors away."""
-    share, z2 = percent / 100, 1.959964**2
-    roots = np.roots([1 + z2 / n, -(2 * share + z2 / n), share**2]).real
-    return [100 * x for x in sorted(roots)]
+    """Wilson's interval: the p of which the observed share is 1.96 standard errors away. Of 1 to 3
+    right (or wrong) answers its outer end is where a Poisson variable reaches so many in 5 %."""
+    share, z2, right = percent / 100, 1.959964**2, round(n * percent / 100)
+    low, high = sorted(np.roots([1 + z2 / n, -(2 * share + z2 / n), share**2]).real)
+    if 1 <= right <= 3 and right < n / 2:
+        low = min(low, poisson_mean(right) / n)
+    if 1 <= n - right <= 3 and n - right < n / 2:
+        high = max(high, 1 - poisson_mean(n - right) / n)
+    return [100 * low, 100 * high]
 
 
 def test_interval_of_a_proportion_is_wilsons():
-    for n, right in ((8, 0), (8, 8), (60, 21), (500, 1)):
+    for n, right in ((8, 0), (8, 8), (3, 2), (60, 21), (60, 2), (60, 57), (500, 1)):
         (m,) = evaluate.summarize([{"em": 100.0 * (i < right)} for i in range(n)]).values()
         assert m["n"] == n and m["mean"] == pytest.approx(100 * right / n)
-        assert [m["low"], m["high"]] == pytest.approx(score_interval(m["mean"], n), abs=1e-5)
+        assert [m["low"], m["high"]] == pytest.approx(score_interval(m["mean"], n), abs=1e-3)
     assert evaluate.wilson(0.0, 8) == pytest.approx((0, 32.44), abs=0.01)
 
 
@@ -96,6 +112,69 @@ def test_bootstrap_interval_is_the_binomial_one():
     low, high = np.searchsorted(np.cumsum(chances), [0.025, 0.975]) / n
     assert interval["mean"] == share
     assert [interval["low"], interval["high"]] == pytest.approx([low, high], abs=1 / n)
+
+
+@pytest.mark.parametrize(("table", "interval"), [
+    # both right, only A, only B, neither; intervals of A - B: Newcombe 1998, table II, method 10
+    ((36, 12, 2, 0), (5.69, 34.04)), ((36, 14, 0, 0), (15.28, 41.67)),
+    # both runs got everything wrong: as wide as Wilson's interval of 0 of 8
+    ((0, 0, 0, 8), (-32.44, 32.44))])
+def test_interval_of_a_paired_difference_is_newcombes(table, interval):
+    answers = [(100.0, 100.0), (100.0, 0.0), (0.0, 100.0), (0.0, 0.0)]
+    a, b = np.array([pair for pair, n in zip(answers, table) for _ in range(n)]).T
+    assert evaluate.paired_interval(b, a) == pytest.approx(interval, abs=0.005)
+
+
+def test_verdict_interval_and_p_agree(jsonl):
+    """At every pair of results on 7 questions."""
+    verdicts = set()
+    for right_a, right_b, both in itertools.product(range(8), repeat=3):
+        if max(0, right_a + right_b - 7) <= both <= min(right_a, right_b):
+            files = [jsonl(f"{name}.jsonl", [question(i, answer="Lima" if i in right else None)
+                                             for i in range(7)])
+                     for name, right in (("a", range(right_a)),
+                                         ("b", range(right_a - both, right_a - both + right_b)))]
+            d = evaluate.paired_difference(*files)["em"]
+            side = {"higher": d["low"] > 0, "lower": d["high"] < 0}.get(d["verdict"], True)
+            assert side and (d["verdict"] == "can't tell" or d["p"] < 0.05)
+            assert d["low"] <= d["difference"] <= d["high"] and d["high"] - d["low"] > 1
+            verdicts.add(d["verdict"])
+    assert verdicts == {"higher", "lower", "can't tell"}
+
+
+@pytest.mark.slow
+def test_interval_of_a_proportion_holds_it_in_92_percent_of_samples():
+    """20,000 samples each. The least at any n from 8 to 500: 91 %, at n = 13 and p = 0.23."""
+    rng = np.random.default_rng(0)
+    for n in (8, 10, 16, 20, 25, 30, 50, 64, 100, 125, 200, 350, 500):
+        ends = np.array([evaluate.proportion_interval(100 * k / n, n) for k in range(n + 1)])
+        for p in (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5):
+            low, high = ends[rng.binomial(n, p, 20_000)].T
+            assert np.mean((low <= 100 * p) & (100 * p <= high)) >= 0.92, (n, p)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [8, 30, 125, 500])
+def test_interval_of_a_paired_difference_holds_it_in_92_percent_of_samples(n):
+    """Of a paired difference: in 4,000 draws."""
+    rng = np.random.default_rng(0)
+    for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5):
+        for other, shared in ((p, 0.5), (min(2 * p, 0.9), 0.5), (p, 0.0)):
+            # each question is drawn for both runs at once with chance `shared`
+            draws, common = rng.random((2, 4_000, n)), rng.random((4_000, n)) < shared
+            a = draws[0] < p
+            b = np.where(common, draws[0], draws[1]) < other
+            held = [low - 1e-9 <= 100 * (other - p) <= high + 1e-9 for low, high in
+                    (evaluate.paired_interval(100.0 * x, 100.0 * y) for x, y in zip(a, b))]
+            assert np.mean(held) >= 0.92, (p, other, shared)
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one():
+    for n, right in ((5, 0), (5, 2), (6, 6), (7, 1)):
+        for k in range(1, n + 1):
+            draws = list(itertools.combinations([i < right for i in range(n)], k))
+            assert evaluate.pass_at_k(n, right, k) == pytest.approx(
+                sum(map(any, draws)) / len(draws))
 
 
 @pytest.mark.parametrize(("differences", "p"), [
@@ -267,7 +346,7 @@ def summary(rows, recall):
         mean, ends = math.fsum(column) / len(column), [min(column), max(column)]
         if name not in ("searches", "tokens") and {*column} <= {0, 100}:
             ends = score_interval(mean, len(column))
-        low, high = (pytest.approx(end, abs=1e-5) for end in ends)
+        low, high = (pytest.approx(end, abs=1e-3) for end in ends)
         result[name] = {"n": len(column), "mean": pytest.approx(mean), "low": low, "high": high}
     return result
 
@@ -479,6 +558,85 @@ def test_seconds_of_a_batch_are_shared_by_its_questions(run, monkeypatch):
     done = run("run", replies, method="rag")
     assert [record["seconds"] for record in done.records] == [0.5, 0.5, 1.0]
     assert done.results["seconds"] == 2.0
+
+
+def test_samples_of_a_question_give_a_mean_and_pass_at_k(run):
+    """4 samples each; of the answers to q0 one is right, of q1 none, of q2 all."""
+    right = {"q0": 1, "q1": 0, "q2": 4}
+    asked = []
+    def reply(prompt, seed):
+        who = next(name for name, text in ASKED.items() if text in prompt)
+        asked.append((who, seed))
+        gold = ROWS[int(who[1])]["golden_answers"][0]
+        return (gold if sum(w == who for w, _ in asked) <= right[who] else "no") + "\n"
+    options = {"method": "direct", "samples": 4, "temperature": 0.7, "batch_size": 5}
+    done = run("run", reply, **options)
+    assert [(r["id"], r["sample"]) for r in done.records] == [
+        (who, k) for who in ASKED for k in range(4)]
+    assert {call.sampling.temperature for call in done.generator.calls} == {0.7}
+    assert len({seed for _, seed in asked}) == 12
+    means = {name: m["mean"] for name, m in done.results["metrics"].items()}
+    assert done.results["n"] == 3 and done.results["samples"] == 4
+    assert means["em"] == pytest.approx(100 * (1 / 4 + 0 + 1) / 3)
+    assert means["pass@2"] == pytest.approx(100 * (1 / 2 + 0 + 1) / 3)
+    assert means["pass@4"] == pytest.approx(200 / 3)
+    assert done.results["metrics"]["pass@4"]["n"] == 3  # questions, not samples
+    lines = (done.out / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (done.out / "predictions.jsonl").write_text("".join(lines[:7]))
+    asked[:] = [("q0", 0)] * 9 + [("q1", 0)]
+    again = run("run", reply, "--resume", **options)
+    assert len(again.generator.prompts) == 7 and len(again.records) == 12
+    with pytest.raises(UserError, match="alike at --temperature 0"):
+        run("run", reply, out="x", samples=4)
+
+
+def test_several_benchmarks_share_one_model_and_end_in_a_table(run, tmp_path, jsonl, capsys):
+    (tmp_path / "sets").mkdir()
+    for name, i in (("nq", 0), ("popqa", 1), ("mine", 2)):
+        jsonl(f"sets/{name}.jsonl", [question(i, ["Ann"])])
+    several = {"method": "direct", "data": tmp_path / "sets"}
+    with pytest.raises(FileNotFoundError):  # the one folder that a single run would have
+        run("run", replies, benchmark="nq,popqa,mine", **several)
+    found = {name: json.loads((tmp_path / "out" / name / "results.json").read_text())
+             for name in ("nq", "popqa", "mine")}
+    assert {name: r["benchmark"] for name, r in found.items()} == {n: n for n in found}
+    assert "nq popqa mine" in " ".join(capsys.readouterr().out.split())
+    for name in ("popqa", "mine"):  # killed before the second: the first is not run again
+        (tmp_path / "out" / name / "config.json").unlink()
+        (tmp_path / "out" / name / "predictions.jsonl").unlink()
+        (tmp_path / "out" / name / "results.json").unlink()
+    asked = []
+    with pytest.raises(FileNotFoundError):
+        run("run", lambda prompt, seed: asked.append(prompt) or " Ann\n", "--resume",
+            benchmark="nq,popqa,mine", **several)
+    assert len(asked) == 2
+    for benchmark, says in (("nq,nq", "named twice"), ("nq,none", "none.jsonl: no such file")):
+        with pytest.raises(UserError, match=says):
+            run("run", replies, benchmark=benchmark, out="x", **several)
+    with pytest.raises(UserError, match="must be a folder"):
+        run("run", replies, benchmark="nq,popqa", method="direct")
+    # a file of one benchmark under the name that `table` knows
+    done = run("run", replies, benchmark="hotpotqa", method="direct", out="one")
+    assert done.results["benchmark"] == "hotpotqa" and done.results["n"] == 3
+
+
+def test_recall_is_the_share_of_questions_with_a_document_that_holds_an_answer(run):
+    """q0 finds it at the second search, q1 never; q2 is a yes-no question."""
+    class Shelf(Library):
+        def search(self, requests):
+            texts = [["Ann Lee was here."] if r.query == "b2" else ["Annual Romeo"]
+                     for r in requests]
+            return [SearchResult(text, True, 0, 0) for text in texts]
+    def reply(prompt, seed):
+        searches = prompt.count("<information>")
+        return "<answer>no</answer>" if searches > 1 else f"<search>b{searches + 1}</search>"
+    rows = [ROWS[0], ROWS[1], ROWS[2] | {"golden_answers": ["No"]}]
+    done = run("run", reply, engine=Shelf(), max_searches=2)
+    assert done.results["metrics"]["recall"]["mean"] == pytest.approx(100 / 3)
+    scores = evaluate.question_scores([record | {"golden_answers": row["golden_answers"]}
+                                       for record, row in zip(done.records, rows)])
+    assert [score.get("recall") for score in scores.values()] == [100, 0, None]
+    assert evaluate.summarize(scores.values())["recall"]["n"] == 2
 
 
 def printed(capsys):

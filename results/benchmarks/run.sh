@@ -11,7 +11,7 @@ NAMES="nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle"
 METHODS="direct cot rag ra-agent search-o1 agent"
 
 for method in $METHODS; do
-    begun=$([ -f "$OUT/$method/bamboogle/config.json" ] && echo --resume || echo --overwrite)
+    begun=$([ -f "$OUT/$method/nq/config.json" ] && echo --resume || echo --overwrite)
     $PY evaluate.py run --method "$method" --model smollm2 --benchmark all --data "$QA_DATA" \
         --limit "$QUESTIONS" --engine bm25 --corpus "$QA_DATA/passages.jsonl.gz" --top-k 2 \
         --max-searches 2 --tokens-per-turn 32 --context-tokens 1024 --observation-tokens 128 \
