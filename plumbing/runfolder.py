@@ -61,12 +61,12 @@ class RunFolder:
     def check(self) -> None:
         """Raise UserError unless this run may have the folder."""
         out = self.s.out
-        if missing := [path for path in self.reads.values() if not Path(path).exists()]:
-            raise UserError(f"{missing[0]}: no such file")
         finish_moves(out)
         if self.s.resume:
             self.check_same_run(read_config(out))
             return
+        if missing := [path for path in self.reads.values() if not Path(path).exists()]:
+            raise UserError(f"{missing[0]}: no such file")
         put_back(out)  # of a run that was killed before its first step
         if is_run(out):
             if not self.s.overwrite:

@@ -72,7 +72,7 @@ BAD = {
     "pair without quality": ("train", "q.jsonl", {
         "question": "q", "golden_answers": [], "query": "q", "target": [], "quality": None,
         "documents": []}, "quality must be a text, not null"),
-    "steps deep": ("costs", "metrics.jsonl", DEEP + "\n", "metrics.jsonl:1: JSON nested too deeply"),
+    "steps deep": ("costs", "metrics.jsonl", DEEP + "\n", "metrics.jsonl:1: JSON nested too"),
 }
 
 
