@@ -57,7 +57,7 @@ BAD = {
     "corpus title a number": ("search", "q.jsonl", {"title": 1, "text": "t"},
                               "title must be a text, not 1"),
     "prompts Latin-1": ("prompts", "q.toml", 'x.y = "é"\n'.encode("latin-1"), "q.toml: "),
-    "prompts without a table": ("prompts", "q.toml", 'policy = "x"\n', "no template policy"),
+    "prompts without a table": ("prompts", "q.toml", 'policy = "x"\n', "policy is no table"),
     "prompt a number": ("prompts", "q.toml", "[policy]\nuser = 3\n", "policy.user must be a text"),
     "results without metrics": ("table", "results.json", {"benchmark": "nq"}, "no valid method"),
     "results with a bare metric": ("table", "results.json", RESULTS | {"metrics": {"em": 3}},
