@@ -43,17 +43,16 @@ import typer
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
-from rich.text import Text
 
 import costs
 from plumbing.cli import (UserError, argument, check_value, command, console, leave, make_app,
-                          option, print_table, progress_bar, run_cli)
+                          option, plain, print_table, progress_bar, run_cli)
 from plumbing.engines import ENGINES, SearchRequest, SearchResult, check_failures
 from plumbing.episodes import changed, episode_text, read_episodes, select
 from plumbing.files import (append_jsonl, draw_seed, keep_lines, read_jsonl, read_questions,
                             whole_batches, write_json)
 from plumbing.formats import documents_read, read_paired, read_predictions, read_results
-from plumbing.generate import Sampling
+from plumbing.generate import Sampling, attempt
 from plumbing.page import (Aloud, coloured, cost_section, episodes_section, evaluation_section,
                            paired_sentence, print_beside_paper, read_held_out, run_names,
                            show_summary, simulator_section, time_section, training_section)
@@ -125,8 +124,12 @@ def write_on(episodes: list[Episode], setup: Setup, max_tokens: int,
     sampling = Sampling(max_tokens, setup.limits.temperature, stop)
     prompts = [e.ids for e in episodes]
     seeds = [draw_seed("method", setup.seed, e.id, e.sample, len(e.ids)) for e in episodes]
-    generations, texts = setup.generator.generate(prompts, sampling, seeds), []
+    generations, texts = attempt(setup.generator, prompts, sampling, seeds), []
     for episode, generation in zip(episodes, generations, strict=True):
+        if isinstance(generation, Exception):
+            episode.end, episode.error = "failed", str(generation)
+            texts.append("")
+            continue
         end = len(generation.ids) - (generation.stop_reason == "eos")
         episode.write(generation.ids[:end], generation.logprobs[:end])
         texts.append(setup.tokenizer.decode(generation.ids[:end]))
@@ -146,7 +149,8 @@ def conclude(episodes: list[Episode], setup: Setup, method: str) -> list[Episode
     texts = write_on(open_ones, setup, ANSWER_TOKENS, stop=("\n",))
     for episode, text in zip(open_ones, texts, strict=True):
         episode.turns.append(Turn(text, "answer"))
-        episode.answer, episode.end = text.strip().partition("\n")[0].strip(), "answered"
+        if episode.end != "failed":
+            episode.answer, episode.end = text.strip().partition("\n")[0].strip(), "answered"
     return episodes
 
 
@@ -759,8 +763,8 @@ def ask(s: AskSettings) -> None:
     engine = aloud if aloud.engine else None
     setup = Setup(aloud, engine, load_prompts(s.prompts), s, s.seed)
     (episode,) = agent([{"id": "ask", "question": s.question, "golden_answers": []}], setup)
-    answer = Text(f"\n{episode.answer or 'no answer'}", style="bold")
-    Console().print(answer, Text(f"({episode.searches} searches)"))
+    Console().print(plain(f"\n{episode.answer or 'no answer'}"), style="bold", end=" ")
+    Console().print(f"({episode.searches} searches)")
 
 
 if __name__ == "__main__":

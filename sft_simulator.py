@@ -32,10 +32,10 @@ from plumbing.engines import (ENGINES, QUERY_CHARACTERS, Engine, EngineSettings,
                               SearchRequest, SearchResult)
 from plumbing.files import append_jsonl, draw_seed, read_jsonl, write_json, write_jsonl
 from plumbing.formats import read_trajectories
-from plumbing.generate import Generator, Sampling
+from plumbing.generate import Generator, Sampling, attempt
 from plumbing.metrics import agreement
 from plumbing.models import (load_model, load_tokenizer, make_accelerator, simulator_tuning)
-from plumbing.remote import OutsideError, chat_verdicts, is_server
+from plumbing.remote import chat_verdicts, is_server
 from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate, micro_batches, same_count
 from plumbing.runfolder import FolderSettings, RunFolder
 from plumbing.served import load_generator
@@ -115,13 +115,12 @@ class SimulatedEngine:
         """One output for each request, whatever its form."""
         prompts = [simulator_prompt(self.tokenizer, self.prompts, request, self.k, self.words)
                    for request in requests]
-        # A server's generator has `attempt`: an error takes the place of the output that failed.
-        generate = getattr(self.generator, "attempt", self.generator.generate)
-        outputs = generate(prompts, self.sampling, [request.seed for request in requests])
+        seeds = [request.seed for request in requests]
+        outputs = attempt(self.generator, prompts, self.sampling, seeds)
         return [self.read_output(*pair) for pair in zip(prompts, outputs, strict=True)]
 
     def read_output(self, prompt: list[int], output: Any) -> SearchResult:
-        if isinstance(output, OutsideError):
+        if isinstance(output, Exception):
             return SearchResult([], prompt_tokens=len(prompt), error=str(output))
         documents = parse_documents(self.tokenizer.decode(output.ids, skip_special_tokens=True))
         complete = output.stop_reason == "eos" and len(documents) == self.k

@@ -39,9 +39,9 @@ from plumbing.cli import (CommonSettings, Settings, UserError, argument, command
 from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, check_failures
 from plumbing.files import append_jsonl, draw_seed, read_jsonl, read_questions
 from plumbing.formats import read_trajectories
-from plumbing.generate import Generator, Sampling
-from plumbing.metrics import (collapse_warning, eval_metrics, rollout_metrics,
-                              update_metrics)
+from plumbing.generate import Generator, Sampling, attempt
+from plumbing.metrics import (check_empty_steps, collapse_warning, empty_steps, eval_metrics,
+                              rollout_metrics, update_metrics)
 from plumbing.models import (load_model, load_tokenizer, load_trained, make_accelerator,
                              named_weights, prepare_reference, save_model, whole)
 from plumbing.ranks import Pass, Worker, balance_over_ranks, pad, unpad
@@ -86,9 +86,9 @@ class Episode:
     logprobs: list[float] = field(default_factory=list)  # (T,) of the sampler, 0 where mask is 0
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
-    # How it ended; "failed": a search did, so that nothing can be said of the policy.
+    # How it ended; "failed": a server did, so that nothing can be said of the policy.
     end: Literal["answered", "turns", "context", "failed"] | None = None
-    error: str | None = None  # why the search failed
+    error: str | None = None  # why the search, or a served policy, failed
     searches: int = 0
     malformed: int = 0
     simulator_prompt_tokens: int = 0
@@ -224,6 +224,7 @@ def play(episodes: list[Episode], setup: Setup, noise: float, step: int, clock: 
             return
         with clock("rollout"):
             write_turn(active, setup, step, turn)
+        active = [e for e in active if e.end is None]
         for episode in active:
             act(episode, setup, turn)
         active = [e for e in active if e.end is None]
@@ -240,8 +241,11 @@ def write_turn(active: list[Episode], setup: Setup, step: int, turn: int) -> Non
     """Each policy writes up to </search> or </answer>. Its ids are kept as they were sampled."""
     sampling = Sampling(setup.limits.tokens_per_turn, setup.limits.temperature, STOP)
     seeds = [draw_seed("policy", setup.seed, step, e.id, e.sample, turn) for e in active]
-    generations = setup.generator.generate([e.ids for e in active], sampling, seeds)
+    generations = attempt(setup.generator, [e.ids for e in active], sampling, seeds)
     for episode, generation in zip(active, generations, strict=True):
+        if isinstance(generation, Exception):
+            episode.end, episode.error = "failed", str(generation)
+            continue
         episode.write(generation.ids, generation.logprobs)
         episode.turns.append(Turn(setup.tokenizer.decode(generation.ids), "invalid"))
 
@@ -551,6 +555,8 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
     top_k: int = option(5, "Documents that a search returns.", low=1)
     failed_searches: int = option(0, "Searches that may fail; their episodes are left out.", low=0,
                                   resumable=True)
+    empty_steps: int = option(3, "Steps in a row whose searches all find nothing: the run stops.",
+                              low=1, resumable=True)
     algorithm: str = option("grpo", "How advantages are estimated.", choices=ALGORITHMS)
     reward: str = option("f1", "What is rewarded.", choices=REWARDS)
     prompts_per_step: int = option(64, "Questions a step, over all processes.", low=1)
@@ -841,6 +847,7 @@ class Run:
     best: float = -math.inf  # mean reward of the best evaluation so far
     searches: int = 0
     failed: int = 0
+    empty: int = 0  # steps in a row whose searches all found nothing
 
     @property
     def policy(self) -> nn.Module:
@@ -904,6 +911,7 @@ def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerat
         generator.load_weights(named_weights(run.policy))
     run.searches = sum(row["cost/searches"] for row in before)
     run.failed = sum(row["search/failed"] for row in before)
+    run.empty = empty_steps(before)
     if (s.out / "eval.jsonl").exists():
         evaluations = read_jsonl(s.out / "eval.jsonl", whole_lines=True)
         run.best = max((row["eval/reward"] for row in evaluations), default=run.best)
@@ -973,6 +981,8 @@ def record(run: Run, step: int, episodes: list[Episode],
             console.print(f"step {step}: {warning}", style="yellow")
     accelerator.log(metrics, step=step)
     run.checkpoints.step_done(step + 1, of=s.steps)
+    run.empty = empty_steps([metrics], run.empty)
+    check_empty_steps(run.empty, s.empty_steps, step)
     return metrics
 
 

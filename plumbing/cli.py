@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Mapping
@@ -22,8 +23,12 @@ from rich.console import Console
 from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn,
                            TimeRemainingColumn)
 from rich.table import Table
+from rich.text import Text
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, emoji=False)  # a path may hold [brackets]
+
+
+WITH_PASSWORD = re.compile(r"(^|,)\s*https?://[^/?#,]*@", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -41,7 +46,11 @@ class Settings:
     def check(self) -> None:
         """Raise UserError for a value out of bounds. Subclasses add checks across options."""
         for field in dataclasses.fields(self):
-            check_value("--" + option_name(field), getattr(self, field.name), field.metadata)
+            name, value = "--" + option_name(field), getattr(self, field.name)
+            check_value(name, value, field.metadata)
+            if isinstance(value, str) and WITH_PASSWORD.search(value):
+                raise UserError(f"{name}: an address with a user name or password would be saved "
+                                "and shown; a model server's key goes into OPENAI_API_KEY")
 
     def unused(self) -> dict[str, str]:
         """Fields that have no effect beside the others, and why: "with --engine bm25". A user who
@@ -257,10 +266,16 @@ def print_table(title: str, header: list[str], rows: list[list[str]],
 
 
 def print_documents(title: str, documents: list[str]) -> None:
-    table = Table("#", "document", title=title, show_lines=True)
+    """Print texts from outside: no markup in them is obeyed, and no control character sent."""
+    table = Table("#", "document", title=plain(title), show_lines=True)
     for number, document in enumerate(documents, start=1):
-        table.add_row(str(number), document)
+        table.add_row(str(number), plain(document))
     Console().print(table)
+
+
+def plain(text: str) -> Text:
+    """A text from outside as rich prints it as it is, but for control characters."""
+    return Text("".join(c if c.isprintable() or c == "\n" else " " for c in text))
 
 
 def markdown_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:

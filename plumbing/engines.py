@@ -5,6 +5,7 @@ bm25s does the scoring; its own top-k is slow where many texts score 0 (see `BM2
 import contextlib
 import functools
 import hashlib
+import json
 import mmap
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from plumbing.cli import Settings, UserError, option, unread
-from plumbing.files import read_jsonl
+from plumbing.files import read_jsonl, write_json
 from plumbing.text import ROOT, clean
 
 CACHE = ROOT / "runs" / "cache"
@@ -110,7 +111,8 @@ class BM25Engine:
     """BM25 over a JSONL corpus (.gz or not) with the fields `title` and `text`. Thread-safe.
 
     The index is cached under a hash of the corpus and memory-mapped: a second start is fast, and
-    processes share its pages. Raises UserError for a missing or invalid corpus."""
+    processes share its pages. One whose files don't have their checksums is built again. Raises
+    UserError for a missing or invalid corpus."""
 
     name = "bm25"
 
@@ -125,7 +127,7 @@ class BM25Engine:
             digest = hashlib.file_digest(file, "sha256")
         digest.update(bm25s.__version__.encode())
         folder = cache / f"bm25-{digest.hexdigest()[:16]}"
-        if not folder.exists():
+        if not checksums_fit(folder):
             self._build(bm25s, corpus, folder)
         self._index = bm25s.BM25.load(folder, mmap=True)
         self._ends = np.load(folder / "ends.npy")  # (N,): end of each text in texts.bin, bytes
@@ -144,6 +146,11 @@ class BM25Engine:
             texts = [titled(row["title"], row["text"]).encode("utf-8", "replace") for row in rows]
             (new / "texts.bin").write_bytes(b"".join(texts))
             np.save(new / "ends.npy", np.cumsum([len(text) for text in texts]))
+            write_json(new / CHECKSUMS, checksums(new))
+            with contextlib.suppress(OSError):
+                if checksums_fit(folder):
+                    return
+                folder.rename(Path(temporary) / "damaged")
             with contextlib.suppress(OSError):  # another process was faster: its folder is as good
                 new.rename(folder)
 
@@ -165,6 +172,27 @@ class BM25Engine:
     def _document(self, number: int) -> str:
         start = self._ends[number - 1] if number else 0
         return self._texts[start : self._ends[number]].decode("utf-8")
+
+
+CHECKSUMS = "checksums.json"
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of a folder's files, by name."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != CHECKSUMS:
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def checksums_fit(folder: Path) -> bool:
+    """Whether a folder holds the files that were written, whole."""
+    try:
+        return checksums(folder) == json.loads((folder / CHECKSUMS).read_bytes())
+    except (OSError, ValueError):
+        return False
 
 
 def check_failures(errors: list[str | None], before: int, allowed: int) -> None:

@@ -53,6 +53,12 @@ class Generator(Protocol):
         """Free as much memory as possible until the next call."""
 
 
+def attempt(generator: Generator, prompts: list[list[int]], sampling: Sampling,
+            seeds: list[int]) -> list[Generation | Exception]:
+    """As `generate`, but the error of a generation that a server failed at takes its place."""
+    return getattr(generator, "attempt", generator.generate)(prompts, sampling, seeds)
+
+
 def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row. logits (B, V), uniforms (B,) in [0, 1) -> ids (B,), log-probs (B,).
 

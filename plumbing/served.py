@@ -1,7 +1,9 @@
 """Generation with vLLM in this process, and with servers of OpenAI's completions API."""
 
+import functools
 import importlib.util
 import itertools
+import math
 import os
 import queue
 import threading
@@ -18,11 +20,12 @@ from plumbing.devices import compute_dtype
 from plumbing.generate import Generation, Generator, HFGenerator, Sampling
 from plumbing.models import load_model, load_tokenizer, resolve_model
 from plumbing.remote import (OutsideError, RetryPolicy, call, in_threads, is_server, openai_key,
-                             served_model, server_urls)
+                             served_replicas, server_urls)
 from plumbing.text import encode
 
 VLLM_DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "3",  # GiB
                  "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # the same threads train
+LONGEST_TOKEN = 128  # characters; the longest in common vocabularies are 128 spaces
 GeneratorName = Literal["auto", "hf", "vllm"]
 
 
@@ -51,7 +54,7 @@ class VLLMGenerator:
         if os.environ.get("WORLD_SIZE", "1") != "1":  # each rank has its own engine and device
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(resolve_model(name), dtype=dtype or compute_dtype(), seed=0,
-                            gpu_memory_utilization=0.35, **options)
+                            gpu_memory_utilization=0.35, trust_remote_code=False, **options)
         self.asleep = False
         self.inbox, self.numbers = queue.SimpleQueue(), itertools.count()
         threading.Thread(target=self._run, daemon=True).start()
@@ -129,22 +132,20 @@ def from_vllm(output) -> Generation:
 class ServerGenerator:
     """Generation by servers of OpenAI's /v1/completions (vLLM, sglang) from token ids.
 
-    Replicas take turns. needs_ids: the server must return the sampled ids, as a policy needs them
-    (vLLM's `return_token_ids`); else, as for a simulator, its text is encoded here. vLLM's
-    log-probs are at temperature 1 unless it has --logprobs-mode processed_logprobs. Thread-safe."""
+    Replicas take turns; one that is down is set aside for a while. needs_ids: the server must
+    return the sampled ids, as a policy needs them (vLLM's `return_token_ids`); else, as for a
+    simulator, its text is encoded here. vLLM's log-probs are at temperature 1 unless it has
+    --logprobs-mode processed_logprobs. Thread-safe."""
 
     name = "server"
     concurrent = True
 
     def __init__(self, urls: list[str], needs_ids: bool = True,
                  retry_policy: RetryPolicy = RetryPolicy(timeout=300)):
-        served = {url: served_model(url)["id"] for url in urls}
-        if len(set(served.values())) > 1:
-            raise UserError(f"the replicas serve different models: {served}")
-        self.urls, self.model = urls, served[urls[0]]
+        self.replicas, self.model = served_replicas(urls)
         self.needs_ids, self.retry_policy = needs_ids, retry_policy
-        self.tokenizer = load_tokenizer(urls[0])
-        self._turn = itertools.count()
+        self.tokenizer = load_tokenizer(",".join(urls))
+        self.vocabulary = 1 + max(self.tokenizer.get_vocab().values())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         raise UserError("a served model takes no new weights: "
@@ -179,27 +180,43 @@ class ServerGenerator:
         body |= {"logprobs": 0} if self.needs_ids else {}
         # A server takes other defaults from the model's generation_config.json.
         body |= {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        start = next(self._turn) % len(self.urls)
-        urls = [f"{url}/completions" for url in self.urls[start:] + self.urls[:start]]
-        return call(urls, self._parse, retry_policy=self.retry_policy, json=body, **openai_key())
+        parse = functools.partial(self._parse, max_tokens=sampling.max_tokens)
+        return call(self.replicas, parse, path="/completions", retry_policy=self.retry_policy,
+                    json=body, **openai_key())
 
-    def _parse(self, answer: dict[str, Any]) -> Generation:
+    def _parse(self, answer: dict[str, Any], max_tokens: int) -> Generation:
+        """Raises OutsideError without token ids, ValueError and the like for what is no answer."""
         (choice,) = answer["choices"]
         matched = choice.get("stop_reason") or choice.get("matched_stop")  # vLLM, sglang
         stopped = "stop" if isinstance(matched, str) else "eos"
         reason = {"length": "length", "stop": stopped}[choice["finish_reason"]]
-        ids = choice.get("token_ids")
+        ids, logprobs = choice.get("token_ids"), None
         if self.needs_ids:
             if ids is None:
-                raise OutsideError(f"{self.urls[0]} returns no token ids, and a policy needs those "
-                                   "that were sampled: serve it with vLLM")
+                raise OutsideError(f"{self.replicas.urls[0]} returns no token ids, and a policy "
+                                   "needs those that were sampled: serve it with vLLM")
             logprobs = [float(logprob) for logprob in choice["logprobs"]["token_logprobs"]]
-            ids = [int(i) for _, i in zip(logprobs, ids, strict=True)]
-            return Generation(ids, logprobs, reason)
-        if ids is None:
-            ids = encode(self.tokenizer, choice["text"])
-            ids += [self.tokenizer.eos_token_id] * (reason == "eos")
-        return Generation(list(ids), [float("nan")] * len(ids), reason)
+        elif ids is None:
+            return self._encode(choice["text"], reason, max_tokens)
+        if not (ids and len(ids) <= max_tokens
+                and all(type(i) is int and 0 <= i < self.vocabulary for i in ids)):
+            raise ValueError("no token ids of this vocabulary")
+        if logprobs is None:
+            logprobs = [math.nan] * len(ids)
+        elif len(logprobs) != len(ids) or not all(map(math.isfinite, logprobs)):
+            raise ValueError("no log-probs of these tokens")
+        return Generation(ids, logprobs, reason)
+
+    def _encode(self, text: str, reason: str, max_tokens: int) -> Generation:
+        """Text as ids, cut to what so many tokens can hold: encoding megabytes takes minutes."""
+        if not isinstance(text, str):
+            raise ValueError("no text")
+        room = max_tokens * LONGEST_TOKEN
+        ids = encode(self.tokenizer, text[:room])
+        if len(text) > room or len(ids) > max_tokens:
+            ids, reason = ids[:max_tokens], "length"
+        ids += [self.tokenizer.eos_token_id] * (reason == "eos")
+        return Generation(ids, [math.nan] * len(ids), reason)
 
 
 def load_generator(name: str, engine: GeneratorName = "auto", needs_ids: bool = True) -> Generator:

@@ -1,24 +1,104 @@
 """Remote search engines, retrieval servers and SerpApi: cached, with bounded time and attempts."""
 
+import atexit
 import contextlib
 import json
-import logging
 import os
 import sqlite3
 import threading
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from plumbing.cli import console
 from plumbing.engines import (DOCUMENT_CHARACTERS, ENGINES, QUERY_CHARACTERS, SEARCH_CACHE, Engine,
                               SearchRequest, SearchResult, titled)
 from plumbing.remote import OutsideError, RetryPolicy, call, is_server
 from plumbing.text import clean
 
+BUSY, RETRY = 2.0, 60.0  # seconds: to wait for a locked cache; between attempts at a faulty one
+
+
+class AnswerCache:
+    """Documents of answered searches by key, in an SQLite file. Thread-safe.
+
+    No fault of the file ends a run: there is one warning. What can't be written is kept in memory,
+    and tried again from time to time and at the end; a damaged file is moved aside."""
+
+    def __init__(self, path: Path):
+        self.path, self._lock, self._warned = path, threading.Lock(), False
+        self._unwritten: dict[str, str] = {}
+        self._rests_until = {"read": 0.0, "written": 0.0}
+
+    def get(self, key: str) -> list[str] | None:
+        with self._lock:
+            found = [(self._unwritten[key],)] if key in self._unwritten else self._sql(
+                "read", "SELECT documents FROM answers WHERE key = ?", [(key,)])
+        with contextlib.suppress(ValueError, TypeError):
+            documents = json.loads(found[0][0]) if found else None
+            if isinstance(documents, list) and all(isinstance(text, str) for text in documents):
+                return documents
+        return None
+
+    def put(self, key: str, documents: list[str]) -> None:
+        with self._lock:
+            self._unwritten[key] = json.dumps(documents)
+            self._write()
+
+    def _write(self) -> None:
+        statement = "INSERT OR REPLACE INTO answers VALUES (?, ?)"
+        if self._sql("written", statement, list(self._unwritten.items())) is not None:
+            self._unwritten.clear()
+
+    def _sql(self, what: str, statement: str, rows: list[tuple]) -> list[tuple] | None:
+        """What a statement finds for the rows; None if the file is at fault."""
+        if time.monotonic() < self._rests_until[what]:
+            return None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY)) as base, base:
+                base.execute("PRAGMA synchronous = OFF")  # a cache need not wait for the disk
+                base.execute("CREATE TABLE IF NOT EXISTS answers "
+                             "(key TEXT PRIMARY KEY, documents TEXT)")
+                return [found for row in rows for found in base.execute(statement, row)]
+        except (sqlite3.Error, OSError) as error:
+            self._rests_until[what] = time.monotonic() + RETRY
+            self._warn(f"the search cache {self.path} can't be {what} ({clean(str(error))}): on "
+                       "without it")
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT,
+                                                                sqlite3.SQLITE_NOTADB):
+                self._move_aside(what)
+            return None
+
+    def _move_aside(self, what: str) -> None:
+        with contextlib.suppress(OSError):
+            for suffix in ("-journal", ""):  # SQLite would replay the journal into a new file
+                file = self.path.with_name(self.path.name + suffix)
+                if file.exists():
+                    file.replace(file.with_name(file.name + ".damaged"))
+            self._rests_until[what] = 0.0
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            console.print(text, style="yellow", soft_wrap=True)
+            atexit.register(self._last_attempt)
+
+    def _last_attempt(self) -> None:
+        with self._lock:
+            self._rests_until["written"] = 0.0
+            self._write()
+            if self._unwritten:
+                console.print(f"{len(self._unwritten)} answers could not be written to the search "
+                              f"cache {self.path}", style="yellow", soft_wrap=True)
+
 
 class RemoteEngine:
-    """Base of the remote engines. Thread-safe; a subclass sets `name` and `identity`.
+    """Base of the remote engines. Thread-safe; a subclass sets `name`, `identity` and `url`.
 
     At most `workers` calls run at a time, and never two with the same query. A query is cleaned to
     one line of QUERY_CHARACTERS; an empty one finds nothing, without a call. Answers are cached in
@@ -27,16 +107,19 @@ class RemoteEngine:
 
     name: str
     identity: str
+    url: str
 
     def __init__(self, k: int, retry_policy: RetryPolicy, cache: Path, workers: int):
-        self.k, self.retry_policy, self.cache = k, retry_policy, cache
+        self.k, self.retry_policy, self.cache = k, retry_policy, AnswerCache(cache)
         self._pool, self._lock = ThreadPoolExecutor(workers), threading.Lock()
         self._under_way = {}  # query -> Future
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        self._sql("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, documents TEXT)")
 
-    def ask(self, query: str) -> list[str]:
-        """Documents of one query, from the engine itself. Raises OutsideError."""
+    def request(self, query: str) -> dict[str, Any]:
+        """Arguments of `call` that ask a query."""
+        raise NotImplementedError
+
+    def parse(self, answer: Any) -> Iterable[str]:
+        """Documents of an answer. Raises ValueError, TypeError and the like for another form."""
         raise NotImplementedError
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]:
@@ -60,19 +143,18 @@ class RemoteEngine:
         if not query:
             return SearchResult([])
         key = json.dumps([self.identity, self.k, query])
-        if kept := self._sql("SELECT documents FROM answers WHERE key = ?", key):
-            return SearchResult(json.loads(kept[0][0]))
-        try:
-            documents = [clean(text, DOCUMENT_CHARACTERS) for text in self.ask(query)][: self.k]
-        except OutsideError as error:
-            return SearchResult([], error=str(error))
-        self._sql("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(documents))
+        documents = self.cache.get(key)
+        if documents is None:
+            try:
+                documents = call([self.url], self._documents, retry_policy=self.retry_policy,
+                                 **self.request(query))
+            except OutsideError as error:
+                return SearchResult([], error=str(error))
+            self.cache.put(key, documents)
         return SearchResult(documents)
 
-    def _sql(self, statement: str, *values: str) -> list[tuple]:
-        with contextlib.closing(sqlite3.connect(self.cache, timeout=60)) as connection, connection:
-            connection.execute("PRAGMA synchronous = OFF")  # a cache need not wait for the disk
-            return connection.execute(statement, values).fetchall()
+    def _documents(self, answer: Any) -> list[str]:
+        return [clean(text, DOCUMENT_CHARACTERS) for text in islice(self.parse(answer), self.k)]
 
 
 class HTTPEngine(RemoteEngine):
@@ -91,25 +173,24 @@ class HTTPEngine(RemoteEngine):
         self.identity = f"http {self.url}"
         super().__init__(k, retry_policy, cache, workers)
 
-    def ask(self, query: str) -> list[str]:
-        body = {"queries": [query], "topk": self.k, "return_scores": True,
-                "query": query, "top_k": self.k}
-        return call([self.url], self._parse, retry_policy=self.retry_policy, json=body)
+    def request(self, query: str) -> dict[str, Any]:
+        return {"json": {"queries": [query], "topk": self.k, "return_scores": True,
+                         "query": query, "top_k": self.k}}
 
-    @staticmethod
-    def _parse(answer: Any) -> list[str]:
+    def parse(self, answer: Any) -> Iterable[str]:
         if isinstance(answer, list):
-            return [titled(row.get("title") or "", row["text"]) for row in answer]
+            return (titled(row.get("title") or "", row["text"]) for row in answer)
         (rows,) = answer["result"]
-        contents = [row.get("document", row)["contents"].partition("\n") for row in rows]
-        return [titled(title.strip('"'), text) if text else title for title, _, text in contents]
+        if not isinstance(rows, list):
+            raise ValueError("no list of documents")
+        contents = (row.get("document", row)["contents"].partition("\n") for row in rows)
+        return (titled(title.strip('"'), text) if text else title for title, _, text in contents)
 
 
 class SerpApiEngine(RemoteEngine):
     """Google through SerpApi: title and snippet of the organic results.
 
-    The key comes from SERPAPI_API_KEY. It is part of the URL, so it is removed from errors, and
-    urllib3's debug log is off."""
+    The key comes from SERPAPI_API_KEY. It is part of the URL, so it is removed from errors."""
 
     name = identity = "serpapi"
 
@@ -117,20 +198,18 @@ class SerpApiEngine(RemoteEngine):
                  cache: Path = SEARCH_CACHE, workers: int = 16,
                  url: str = "https://serpapi.com/search.json"):
         self.url, self._key = url, serpapi_key()
-        logging.getLogger("urllib3").setLevel(logging.INFO)
         super().__init__(k, retry_policy, cache, workers)
 
-    def ask(self, query: str) -> list[str]:
+    def request(self, query: str) -> dict[str, Any]:
         parameters = {"engine": "google", "q": query, "num": self.k, "api_key": self._key}
-        return call([self.url], self._parse, retry_policy=self.retry_policy, secret=self._key,
-                    method="GET", params=parameters)
+        return {"method": "GET", "params": parameters, "secret": self._key}
 
-    def _parse(self, answer: dict[str, Any]) -> list[str]:
+    def parse(self, answer: dict[str, Any]) -> Iterable[str]:
         if "organic_results" not in answer and answer["search_metadata"]["status"] != "Success":
-            raise ValueError
+            raise ValueError("not a successful search")
         rows = answer.get("organic_results", [])  # absent if Google found nothing
-        return [f"{row['title']}: {row['snippet']}" for row in rows
-                if row.get("title") and row.get("snippet")]
+        return (row["title"] + ": " + row["snippet"] for row in rows
+                if row["title"] and row.get("snippet"))
 
 
 def serpapi_key() -> str:

@@ -1,10 +1,13 @@
 """Engines: BM25, retrieval servers and SerpApi; hostile text; rollouts through failing searches."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import random
+import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,18 +18,19 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from helpers import (ALGORITHMS, HOSTILE, LIMITS, PROMPTS, FakeEngine, FakeGenerator, command,
-                     corpus_rows, gradient, question, relative, saved_episodes)
+                     corpus_rows, gradient, one_line, question, relative, saved_episodes)
 
 import evaluate
 import sft_simulator as sim
 import train_rl as rl
+from plumbing import web
 from plumbing.cli import UserError
-from plumbing.engines import (DOCUMENT_CHARACTERS, ENGINES, QUERY_CHARACTERS, BM25Engine,
-                              SearchRequest, SearchResult)
+from plumbing.engines import (DOCUMENT_CHARACTERS, ENGINES, QUERY_CHARACTERS, BM25Engine, Engine,
+                              SearchRequest, SearchResult, checksums_fit)
 from plumbing.files import append_jsonl
 from plumbing.metrics import rollout_metrics
 from plumbing.remote import RetryPolicy, in_threads
-from plumbing.text import ROOT
+from plumbing.text import ROOT, clean
 from plumbing.web import HTTPEngine, SerpApiEngine
 
 QUICK = RetryPolicy(timeout=5, attempts=3, first_wait=0.02, longest_wait=0.2)
@@ -86,6 +90,25 @@ def test_bm25_keeps_its_index(jsonl, tmp_path, monkeypatch):
     assert answers == again.search(requests) * 20
     other = jsonl("corpus.jsonl", corpus_rows()[:3])  # the same name, another content
     assert len(ask(BM25Engine(other, 9, tmp_path)).documents) == 3
+
+
+def harm_bytes(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [
+    harm_bytes, lambda path: path.write_bytes(path.read_bytes()[:-1]), lambda path: path.unlink(),
+    lambda path: path.write_bytes(b"")], ids=["a bit", "a byte less", "gone", "empty"])
+def test_a_damaged_index_is_built_again(jsonl, tmp_path, harm):
+    corpus, requests = jsonl("corpus.jsonl", corpus_rows()), [SearchRequest("capital of Peru")]
+    expected = BM25Engine(corpus, 4, tmp_path).search(requests)
+    (folder,) = tmp_path.glob("bm25-*")
+    for name in sorted(path.name for path in folder.iterdir()):
+        harm(folder / name)
+        assert BM25Engine(corpus, 4, tmp_path).search(requests) == expected
+    assert checksums_fit(folder)
 
 
 MEASURE = """
@@ -168,6 +191,90 @@ def test_a_repeated_search_makes_no_call_unless_it_failed(serve, http_engine):
     failing = serve(lambda handler, body: handler.reply({}, 400) if len(failing.calls) == 1
                     else searcher(handler, body))
     assert ask(http_engine(failing.url)).error and not ask(http_engine(failing.url)).error
+
+
+# Faults of the cache's file -> what is said of it, and whether a second run finds the answers.
+def garbage(path):
+    path.write_bytes(b"no database " * 1000)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def scrambled(path):
+    rows = [(json.dumps(["http", 1, "x"]), json.dumps("y" * 9000))] * 5
+    with contextlib.closing(sqlite3.connect(path)) as base, base:
+        base.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+    data = path.read_bytes()
+    path.write_bytes(data[:4096] + os.urandom(len(data) - 4096))
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def no_folder(path):
+    shutil.rmtree(path.parent)
+
+
+def odd_rows(path):
+    with contextlib.closing(sqlite3.connect(path)) as base, base:
+        base.execute("UPDATE answers SET documents = '[null]'")
+
+
+def other_table(path):
+    with contextlib.closing(sqlite3.connect(path)) as base, base:
+        base.execute("DROP TABLE answers")
+        base.execute("CREATE TABLE answers (a)")
+
+
+@pytest.mark.parametrize("harm,warnings,kept", [
+    (garbage, 1, True), (cut, 1, True), (scrambled, 1, True), (a_folder, 1, False),
+    (no_folder, 0, True), (odd_rows, 0, True), (other_table, 1, False)],
+    ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_faulty_cache_is_one_warning(serve, http_engine, tmp_path, capsys, harm, warnings, kept,
+                                       when):
+    server, path = serve(searcher), tmp_path / "cache/searches.sqlite"
+    engine = http_engine(server.url)
+    ask(engine, "old")
+    harm(path)
+    engine = http_engine(server.url) if when == "before" else engine
+    for query in ("old", "a", "b", "old", "a", "b"):
+        assert ask(engine, query).documents[0] == f"Title 0: about {query}"
+    assert len(server.calls) == 4  # what was paid for is not paid for again
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == warnings and all("on without it" in line for line in said)
+    ask(http_engine(server.url), "a")
+    assert len(server.calls) == 4 + (not kept)
+
+
+def test_a_cache_that_is_locked_or_full_gets_the_answers_later(serve, http_engine, tmp_path, capsys,
+                                                              monkeypatch):
+    server, path = serve(searcher), tmp_path / "cache/searches.sqlite"
+    engine = http_engine(server.url)
+    ask(engine, "old")
+    monkeypatch.setattr(web, "BUSY", 0.2)
+    monkeypatch.setattr(web, "RETRY", 0.0)
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        begun = time.monotonic()
+        for query in ("a", "b", "a"):
+            assert not ask(engine, query).error
+        assert time.monotonic() - begun < 4 and len(server.calls) == 3
+    other = sqlite3.connect(path)
+    other.execute("CREATE TRIGGER full BEFORE INSERT ON answers "
+                  "BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END")
+    ask(engine, "c")
+    assert ask(engine, "old").documents and len(server.calls) == 4  # it can still be read
+    other.execute("DROP TRIGGER full")
+    other.close()
+    ask(engine, "d")
+    for query in "abcd":
+        ask(http_engine(server.url), query)
+    assert len(server.calls) == 5 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_concurrency_is_bounded(serve, http_engine):
@@ -374,6 +481,26 @@ def test_top_k_reaches_every_engine(monkeypatch, jsonl, name):
     s = sim.SearchSettings(engine=name, corpus=jsonl("c.jsonl", corpus_rows()), url="http://x:1",
                            top_k=4)
     assert ENGINES[name].make(s).k == 4
+
+
+@pytest.mark.parametrize("text", ["[/math] [citation needed] [red]x[/red]", ":smile: [link=x]y[/]",
+                                  "a\x1b[31m\x1b]0;title\x07b"])
+def test_documents_and_queries_are_printed_as_they_are(serve, capsys, monkeypatch, tmp_path, text):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(ENGINES, "http", Engine(lambda s: FakeEngine(text)))
+    command(sim, "search", text, "--engine", "http", "--url", "http://x")
+    shown, expected = capsys.readouterr().out, clean(text)
+    assert shown.count(expected) == 2 and not {"\x1b", "\x07"} & set(shown)
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown(capsys, monkeypatch, tmp_path):
+    for module, *arguments in ((sim, "search", "x", "--engine", "http", "--url"),
+                               (evaluate, "run", "--benchmark", "world", "--out", tmp_path / "x",
+                                "--model", "x", "--simulator")):
+        for url in ("http://me:SECRET@a/v1", "http://a,HTTP://SECRET@b"):
+            text = one_line(capsys, monkeypatch, module, *arguments, url)
+            assert "password" in text and "SECRET" not in text
+    assert not (tmp_path / "x").exists()
 
 
 def test_search_asks_a_retrieval_server(serve, capsys):

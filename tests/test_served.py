@@ -1,9 +1,13 @@
 """Models on a server: token-exact, shared by replicas, and refused where ids do not come back."""
 
-import pytest
-from helpers import PROMPTS
+import json
 
+import pytest
+from helpers import PROMPTS, command, question, read_lines
+
+import evaluate
 import sft_simulator as sim
+from plumbing import served
 from plumbing.cli import UserError
 from plumbing.engines import SearchRequest
 from plumbing.generate import Sampling
@@ -88,6 +92,53 @@ def test_replicas_share_the_work_and_stand_in_for_each_other(serve, tiny, tokeni
     assert [tokenizer.decode(g.ids) for g in one] == expected
     with pytest.raises(UserError, match="different models"):
         ServerGenerator([urls[0], serve(vllm(tiny, tokenizer, name="other")).url + "/v1"])
+
+
+def test_a_replica_that_is_down_at_the_start_is_set_aside(serve, tiny, tokenizer, capsys):
+    down, sound = (serve(vllm(tiny, tokenizer)) for _ in range(2))
+    down.stop()
+    generator = load_generator(f"{down.url}/v1,{sound.url}/v1", needs_ids=False)
+    assert simulator_tuning(f"{down.url}/v1,{sound.url}/v1") == {}
+    generator.generate([[5]] * 3, Sampling(50), [0, 1, 2])
+    assert completions(sound) == 3
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "set aside" in line]
+    assert said.startswith(down.url) and "connection failed" in said
+    sound.stop()
+    with pytest.raises(OutsideError, match="connection failed"):
+        load_generator(f"{down.url}/v1,{sound.url}/v1")
+
+
+def test_a_text_of_25_megabytes_is_cut_before_it_is_encoded(serve, tiny, tokenizer, monkeypatch):
+    choice = {"text": "1. word " * 3_000_000, "finish_reason": "stop"}
+    sound = vllm(tiny, tokenizer)
+    server = serve(lambda handler, body: handler.reply({"choices": [choice]})
+                   if "prompt" in body else sound(handler, body))
+    generator, seen = load_generator(f"{server.url}/v1", needs_ids=False), []
+    monkeypatch.setattr(served, "encode", lambda t, text: seen.append(text) or encode(t, text))
+    (generation,) = generator.generate([[5]], Sampling(600), [0])
+    assert len(generation.ids) == 600 and generation.stop_reason == "length"
+    assert len(seen[0]) <= 600 * 128
+
+
+def test_an_odd_answer_costs_a_served_policy_one_question(serve, tiny, tokenizer, jsonl, tmp_path):
+    """Whatever the method: the question is left out, as if its search had failed."""
+    sound = vllm(tiny, tokenizer)
+
+    def behave(handler, body):
+        if "prompt" in body and "Question 1?" in tokenizer.decode(body["prompt"]):
+            return handler.reply({"error": "no"}, 400)
+        return sound(handler, body)
+
+    name, rows = f"{serve(behave).url}/v1", jsonl("rows.jsonl", [question(i) for i in range(3)])
+    for method in evaluate.METHODS:
+        out = tmp_path / method
+        options = ["--model", name, "--data", rows, "--out", out, "--method", method]
+        options += ["--engine", "none" if method in ("agent", "direct", "cot") else "bm25"]
+        command(evaluate, "run", *options, "--failed-searches", 1, "--max-searches", 1)
+        lines = read_lines(out / "predictions.jsonl")
+        assert [line["end"] == "failed" for line in lines] == [False, True, False], method
+        assert "HTTP 400" in lines[1]["error"]
+        assert json.loads((out / "results.json").read_text())["n"] == 2
 
 
 def test_a_served_simulator(serve, tiny, tokenizer, tmp_path):

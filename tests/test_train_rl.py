@@ -265,6 +265,7 @@ def train(monkeypatch, tmp_path, jsonl, data, tiny, tokenizer, exact, sgd):
                                all=read_lines(folder / "metrics.jsonl"),
                                episodes=read_lines(folder / "episodes.jsonl"))
 
+    run.out = tmp_path
     return run
 
 
@@ -349,7 +350,8 @@ def test_a_step_worked_by_hand(train, tokenizer):
         "reward/answered": 0.75, "reward/format": 0.25, "reward/hops_1": (1 + f1) / 2,
         "reward/hops_2": 0.0, "reward/zero_variance_groups": 0.5,
         "search/per_episode": 3 / 4, "search/invalid_actions": 2 / 4, "search/noisy": 0.0,
-        "search/malformed": 2 / 3, "search/failed": 0, "search/context_overflows": 0,
+        "search/malformed": 2 / 3, "search/empty": 1 / 3, "search/failed": 0,
+        "search/context_overflows": 0,
         "tokens/read": read, "tokens/trained": len(logprobs),
         "cost/searches": 3, "cost/simulator_prompt_tokens": sum(asked),
         "cost/simulator_tokens": len(DOCUMENTS) + 2 * len("no list") + 2 * len(replies["b"]) + 5,
@@ -605,6 +607,24 @@ def test_gradient_checkpointing_and_micro_batches_change_no_weight(train):
     assert parts > 2 and counts[2] == [parts, parts, 2 * parts, parts, 4 * parts]
     for name, weight in weights[0].items():
         assert all(torch.allclose(other[name], weight, atol=1e-6) for other in weights[1:]), name
+
+
+def test_a_simulator_that_finds_nothing_stops_the_run(train, capsys):
+    """Steps in a row count, over a resumption too; one document among them begins anew."""
+    def second_step(prompt, seed):
+        calls.append(seed)
+        return DOCUMENTS if 8 < len(calls) <= 10 else "Nothing."
+
+    calls, more = [], {"steps": 8, "save_every": 1, "empty_steps": 3}
+    with pytest.raises(UserError, match="step 4: no search found a document, 3 steps in a row"):
+        train(documents=second_step, **more)
+    rows = read_metrics(more_out := train.out / "run")
+    assert [row["search/empty"] for row in rows] == [1, 0.5, 1, 1, 1]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "no search found" in line]
+    assert [line.split(":")[0] for line in warnings] == ["step 0", "step 2", "step 3"]
+    with pytest.raises(UserError, match="step 5: .* 4 steps in a row"):
+        train(documents=second_step, flags=["--resume"], **more | {"empty_steps": 4})
+    assert len(read_metrics(more_out)) == 6
 
 
 def test_the_config_holds_what_was_used(train):
