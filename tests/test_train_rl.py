@@ -741,20 +741,22 @@ def test_a_resumed_run_samples_with_the_checkpoints_weights(train, capsys):
     whole = train(steps=3, save_every=1)
     shutil.rmtree(whole.out / "checkpoints/step-000003")
     again = train(steps=3, save_every=1, flags=["--resume"])
-    saved = re.findall(r"saved \$(\S+)", capsys.readouterr().err)  # 12 searches at $275 / 30,000
-    assert saved == ["0.11", "0.11"]
+    bills = re.findall(r"\$(\S+)", capsys.readouterr().err)  # 12 searches at $275 / 30,000
+    assert bills == ["0.11", "0.11"]
     assert again.policy.events[0] == "load" and len(again.policy.calls) == 2
     for name, weight in again.policy.weights[0].items():
         assert torch.equal(weight, whole.policy.weights[1][name])
     assert again.metrics == whole.metrics and again.episodes == whole.episodes
     assert again.policy.seeds == whole.policy.seeds[-len(again.policy.seeds) :]
+    longer = train(steps=4, save_every=1, flags=["--resume"])  # after the last of two checkpoints
+    assert len(longer.policy.calls) == 2
 
     def stop(prompt, seed):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    shutil.rmtree(whole.out / "checkpoints/step-000003")
-    train(stop, steps=3, save_every=1, flags=["--resume"])
-    assert "stopped after 2 steps" in " ".join(capsys.readouterr().err.split())
+    shutil.rmtree(whole.out / "checkpoints/step-000004")
+    train(stop, steps=4, save_every=1, flags=["--resume"])
+    assert "stopped after 3 steps" in " ".join(capsys.readouterr().err.split())
 
 
 def options(data, model, out, *extra):
