@@ -182,7 +182,7 @@ def rag(rows: Rows, setup: Setup) -> list[Episode]:
     """One search with the question itself; its documents stand in the prompt."""
     episodes = [blank_episode(row) for row in rows]
     for episode in episodes:
-        episode.turns.append(Turn("", "search", episode.question, "useful"))
+        episode.turns.append(Turn("", "search", episode.question))
     search_turn(episodes, setup)
     for episode in episodes:
         documents = setup.tokenizer.decode(episode.ids).strip()  # as read: made safe, and cut
@@ -209,7 +209,7 @@ def ra_agent(rows: Rows, setup: Setup) -> list[Episode]:
                 episode.turns[-1].action = "answer"
                 episode.answer, episode.end = content, "answered"
             elif content:
-                episode.turns[-1] = Turn(text, "search", content, "useful")
+                episode.turns[-1] = Turn(text, "search", content)
                 episode.read(encode(setup.tokenizer, "\nObservation:"))
         searching = [e for e in active if e.turns[-1].action == "search"]
         search_turn(searching, setup)
@@ -753,6 +753,11 @@ class AskSettings(SearchSettings, EpisodeSettings):
 
     question: str = argument("What to ask.")
     model: str = option(help='"smollm2" (embedded), a Hub id or a folder.')
+    answer: list[str] = option((), "simulator: the true answer (repeatable), as in training.")
+
+    def unused(self) -> dict[str, str]:
+        real = not ENGINES[self.engine].simulated
+        return super().unused() | ({"answer": f"with --engine {self.engine}"} if real else {})
 
 
 @command(app, AskSettings)
@@ -762,7 +767,8 @@ def ask(s: AskSettings) -> None:
     aloud = Aloud(generator, ENGINES[s.engine].make(s), generator.tokenizer)
     engine = aloud if aloud.engine else None
     setup = Setup(aloud, engine, load_prompts(s.prompts), s, s.seed)
-    (episode,) = agent([{"id": "ask", "question": s.question, "golden_answers": []}], setup)
+    row = {"id": "ask", "question": s.question, "golden_answers": list(s.answer)}
+    (episode,) = agent([row], setup)
     Console().print(plain(f"\n{episode.answer or 'no answer'}"), style="bold", end=" ")
     Console().print(f"({episode.searches} searches)")
 

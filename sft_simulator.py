@@ -499,6 +499,8 @@ def show_probe(figures: dict[str, Any]) -> None:
 class OneSearchSettings(SearchSettings):
     query: str = argument("What to search for.")
     simulator: str | None = option(DEMO_SIMULATOR, f"The simulator: {MODEL_OR_SERVER}.")
+    simulator_temperature: float | None = option(
+        None, "simulator: by default the one it was tuned for.", low=0, name="temperature")
     question: str = option("", "simulator: the user's question.")
     answer: list[str] = option((), "simulator: its true answer (repeatable).")
 
@@ -519,7 +521,10 @@ def search(s: OneSearchSettings) -> None:
         if result.error:
             raise UserError(result.error)
         title = f"{s.engine}, {request.quality}" if s.engine == "simulator" else s.engine
-        print_documents(f"{s.query}  ({title})", result.documents)
+        if result.documents:
+            print_documents(f"{s.query}  ({title})", result.documents)
+        else:
+            print(f"{s.query}  ({title}): nothing found")
 
 
 if __name__ == "__main__":

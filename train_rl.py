@@ -67,7 +67,7 @@ class Turn:
     text: str
     action: Literal["search", "answer", "invalid"]
     query: str | None = None
-    quality: Quality | None = None  # what a simulator was asked for
+    quality: Quality | None = None  # what a simulator was asked for, if that was drawn
     documents: list[str] = field(default_factory=list)
 
 
@@ -195,9 +195,10 @@ CONCURRENT_EPISODES = 256  # threads, which mostly wait
 NO_CLOCK = lambda phase: nullcontext()  # noqa: E731
 
 
-def rollout(episodes: list[Episode], setup: Setup, *, noise: float = 0.0, step: int = 0,
+def rollout(episodes: list[Episode], setup: Setup, *, noise: float | None = None, step: int = 0,
             clock: Callable = NO_CLOCK) -> None:
-    """Play the episodes to their end, in place (paper, section 3.3). noise: the curriculum's p.
+    """Play the episodes to their end, in place (paper, section 3.3). noise: the curriculum's p, or
+    None, where nothing is drawn: for a real engine, and in an evaluation.
 
     With a generator that takes requests at any time, each episode has a thread of its own; others
     play all episodes in lockstep. Seeds and noise draws are the same either way."""
@@ -209,7 +210,8 @@ def rollout(episodes: list[Episode], setup: Setup, *, noise: float = 0.0, step: 
                    CONCURRENT_EPISODES)
 
 
-def play(episodes: list[Episode], setup: Setup, noise: float, step: int, clock: Callable) -> None:
+def play(episodes: list[Episode], setup: Setup, noise: float | None, step: int,
+         clock: Callable) -> None:
     """Play episodes to their end, in place, one turn of all of them at a time.
 
     In `max_searches` turns the policy may search (an invalid action uses one up), in a last one it
@@ -229,7 +231,7 @@ def play(episodes: list[Episode], setup: Setup, noise: float, step: int, clock: 
             act(episode, setup, turn)
         active = [e for e in active if e.end is None]
         searching = [e for e in active if e.turns[-1].action == "search"]
-        for episode in searching:
+        for episode in searching if noise is not None else ():
             episode.turns[-1].quality = noise_quality(noise, setup.seed, step, episode, turn)
         with clock("search"):
             search_turn(searching, setup, step)
@@ -274,7 +276,8 @@ def search_turn(searching: list[Episode], setup: Setup, step: int = 0) -> None:
     for e in searching:
         turn, answers = e.turns[-1], tuple(e.golden_answers)
         seed = draw_seed("search", setup.seed, step, e.id, e.sample, len(e.turns))
-        requests.append(SearchRequest(turn.query, e.question, answers, turn.quality, seed))
+        quality = turn.quality or "useful"
+        requests.append(SearchRequest(turn.query, e.question, answers, quality, seed))
     for episode, result in zip(searching, setup.engine.search(requests), strict=True):
         if result.error:
             episode.end, episode.error = "failed", result.error
@@ -880,8 +883,8 @@ def train(s: TrainSettings) -> None:
                     episodes = collect(run, step, clock)
                     losses = learn(run, step, episodes, clock)
                     metrics = record(run, step, episodes, losses | clock.metrics())
-                    bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  "
-                               f"noise {metrics['noise/p']:.2f}  "
+                    noise = f"noise {metrics['noise/p']:.2f}  " if "noise/p" in metrics else ""
+                    bar.update(task, advance=1, info=f"reward {metrics['reward/mean']:.2f}  {noise}"
                                f"searches at an API ${costs.search_bill(run.searches):.2f}")
                 evaluate_held_out(run, done=s.steps)
             run.checkpoints.end(run.policy, run.setup.tokenizer)
@@ -920,9 +923,14 @@ def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerat
     return run
 
 
+def step_noise(step: int, s: TrainSettings) -> float | None:
+    """The share of noisy searches at a step; None where a real engine answers."""
+    return CURRICULA[s.curriculum](step, s) if ENGINES[s.engine].simulated else None
+
+
 def collect(run: Run, step: int, clock: PhaseClock) -> list[Episode]:
     """Play and score this step's episodes; returns those of all ranks."""
-    s, noise = run.s, CURRICULA[run.s.curriculum](step, run.s)
+    s, noise = run.s, step_noise(step, run.s)
     rows = step_questions(run.rows, step, s)
     return play_questions(run, run.setup, rows, s.rollouts, noise=noise, step=step, clock=clock)
 
@@ -969,8 +977,7 @@ def record(run: Run, step: int, episodes: list[Episode],
            measured: dict[str, float]) -> dict[str, float]:
     """Write the step's line of metrics and its episodes, and a checkpoint if one is due."""
     s, accelerator = run.s, run.trainer.accelerator
-    noise = CURRICULA[s.curriculum](step, s)
-    metrics = {"step": step, "noise/p": noise} | rollout_metrics(episodes, s.rollouts) | measured
+    metrics = {"step": step} | rollout_metrics(episodes, s.rollouts, step_noise(step, s)) | measured
     metrics |= rates(run.trainer, metrics, run.peak)
     run.searches += metrics["cost/searches"]
     run.failed += metrics["search/failed"]

@@ -30,7 +30,7 @@ Quality = Literal["useful", "noisy"]
 class SearchRequest:
     """A query with its episode's data. Only a simulator sees question and answers, in its prompt.
 
-    quality: outcome of the episode's noise draw."""
+    quality: outcome of the episode's noise draw, "useful" without one."""
 
     query: str
     question: str = ""
@@ -162,11 +162,12 @@ class BM25Engine:
                 for words in self._tokenize(queries, return_ids=False)]
 
     def _best(self, words: list[str]) -> np.ndarray:
-        """Indices of the k best texts, ties in corpus order. Four times as fast as bm25s's top-k,
-        whose partition is slow when many texts score 0."""
+        """Indices of the k best texts that have a word of the query, ties in corpus order. Four
+        times as fast as bm25s's top-k, whose partition is slow when many texts score 0."""
         scores = self._index.get_scores_from_ids(self._index.get_tokens_ids(words))  # (N,)
         k = min(self.k, len(scores))
-        candidates = np.flatnonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
+        least = -np.partition(-scores, k - 1)[k - 1]
+        candidates = np.flatnonzero((scores >= least) & (scores > 0))
         return candidates[np.argsort(-scores[candidates], kind="stable")][:k]
 
     def _document(self, number: int) -> str:

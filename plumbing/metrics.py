@@ -8,8 +8,11 @@ from plumbing.cli import UserError, console
 from plumbing.ranks import Worker
 
 
-def rollout_metrics(episodes: list[Any], group_size: int) -> dict[str, float]:
-    """What is logged of a step's episodes, in groups of the attempts at one prompt."""
+def rollout_metrics(episodes: list[Any], group_size: int,
+                    noise: float | None = None) -> dict[str, float]:
+    """What is logged of a step's episodes, in groups of the attempts at one prompt.
+
+    noise: the curriculum's p; with a real engine None, and nothing is logged of noise."""
     scored = [e for e in episodes if e.end != "failed"]
     rewards = torch.tensor([e.reward for e in scored], dtype=torch.float64)
     groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
@@ -28,7 +31,8 @@ def rollout_metrics(episodes: list[Any], group_size: int) -> dict[str, float]:
                                             for group in by_group if group),
         "search/per_episode": len(searches) / len(episodes),
         "search/invalid_actions": sum(turn.action == "invalid" for turn in turns) / len(episodes),
-        "search/noisy": mean(turn.quality == "noisy" for turn in searches),
+        **({} if noise is None else {
+            "noise/p": noise, "search/noisy": mean(turn.quality == "noisy" for turn in searches)}),
         "search/malformed": sum(e.malformed for e in episodes) / max(len(searches), 1),
         "search/empty": mean(not turn.documents for turn in answered),
         "search/failed": sum(e.end == "failed" for e in episodes),

@@ -187,8 +187,9 @@ def training_section(trainings: dict[str, list[dict]], held_out: dict[str, list[
         rows.append([name, str(len(steps))])
         for key in ("reward/mean", "search/per_episode", "noise/p"):
             parts = (steps[:tenth], steps[-tenth:])
-            first, last = (np.mean([step[key] for step in part]) for part in parts)
-            rows[-1].append(f"{first:.2f} to {last:.2f}")
+            first, last = (np.mean([step.get(key, math.nan) for step in part]) for part in parts)
+            known = key in steps[0]  # there is no noise with a real engine
+            rows[-1].append(f"{first:.2f} to {last:.2f}" if known else "-")
         curve = [line["eval/reward"] for line in held_out.get(name, [])]
         rows[-1].append(f"{curve[0]:.2f} to {curve[-1]:.2f}" if curve else "-")
     draw_training(trainings, held_out, out / "training.png")
@@ -257,5 +258,6 @@ class Aloud:
                 raise UserError(result.error)
             documents = [neutralize(document, self.tokenizer) for document in result.documents]
             lines = [f"{n}. {document}" for n, document in enumerate(documents, start=1)]
+            lines = lines or ["nothing found"]
             Console().print(plain("\n".join(lines)), style="yellow")
         return results

@@ -47,13 +47,18 @@ def horizontal_bars(ax, labels: list[str], title: str) -> None:
 def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dict]],
                   path: Path) -> None:
     """Reward, searches and noise by step: points, and a moving mean over 1/20 of the run (min. 3).
-    A last panel has the held-out reward, if there is any.
+    A last panel has the held-out reward. Without noise, or held-out questions: no such panel.
 
     trainings, held_out: name -> lines of metrics.jsonl and of eval.jsonl."""
     from matplotlib.ticker import MaxNLocator
 
-    heights = [3.0, 1.9, 1.7] + [2.2] * bool(held_out)
-    fig, axes = panels(len(heights), heights, sharex=True)
+    heights = {"reward": 3.0, "searches": 1.9}
+    if any("noise/p" in steps[0] for steps in trainings.values()):
+        heights["noise"] = 1.7
+    if held_out:
+        heights["held out"] = 2.2
+    fig, axes = panels(len(heights), list(heights.values()), sharex=True)
+    panel = dict(zip(heights, axes))
     for (name, steps), colour in zip(trainings.items(), cycle(COLOURS)):
         x = [step["step"] for step in steps]
         kernel = np.ones(min(len(x), max(3, len(x) // 20)))
@@ -63,14 +68,18 @@ def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dic
             ax.plot(x, y, ".", color=colour, alpha=0.35, markersize=5)
             label = name if key == "reward/mean" else None
             ax.plot(x, smooth, color=colour, linewidth=2, label=label)
-        axes[2].plot(x, [step["noise/p"] for step in steps], color=colour, linewidth=2)
+        if "noise/p" in steps[0]:
+            noise = [step["noise/p"] for step in steps]
+            panel["noise"].plot(x, noise, color=colour, linewidth=2)
         if curve := held_out.get(name):
             done, rewards = ([line[key] for line in curve] for key in ("step", "eval/reward"))
-            axes[3].plot(done, rewards, "o-", color=colour, linewidth=2, markersize=5)
-    titles = ("Training reward", "Searches", "Curriculum: share of searches answered with noise",
-              "Held-out questions, greedy, without noise")
-    labels = ("mean reward, 0 to 1", "per episode", "probability p", "mean reward")
-    for ax, title, label in zip(axes, titles, labels):
+            panel["held out"].plot(done, rewards, "o-", color=colour, linewidth=2, markersize=5)
+    titles = {"reward": ("Training reward", "mean reward, 0 to 1"),
+              "searches": ("Searches", "per episode"),
+              "noise": ("Curriculum: share of searches answered with noise", "probability p"),
+              "held out": ("Held-out questions, greedy, without noise", "mean reward")}
+    for name, ax in panel.items():
+        title, label = titles[name]
         ax.set(title=title, ylabel=label, ylim=(0, 1.1 * max(ax.get_ylim()[1], 0.1)))
         ax.grid(axis="y")
     axes[-1].set_xlabel("step")

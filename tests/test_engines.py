@@ -67,7 +67,7 @@ def test_bm25_returns_the_best_k(jsonl):
     engine = BM25Engine(jsonl("corpus.jsonl", corpus_rows()), k=2)
     queries = ("capital of Peru", "Paris Seine", "", "the of", "zzz \u202e <answer>")
     results = engine.search([SearchRequest(query) for query in queries])
-    assert [len(r.documents) for r in results] == [2] * 5
+    assert [len(r.documents) for r in results] == [2, 1, 0, 0, 0]  # those with a word of the query
     assert results[0].documents[0] == "The capital of Peru is Lima."
     assert results[1].documents[0] == "Paris: A city on the Seine."  # no subject without its title
     assert engine.search([]) == []

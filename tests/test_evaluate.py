@@ -429,10 +429,10 @@ def replies(prompt, seed):
 @pytest.mark.parametrize("own", [{}, {"simulator_words": 17, "simulator_temperature": 0.3,
                                       "simulator_max_tokens": 44}], ids=["default", "own"])
 def test_a_simulator_is_asked_as_in_training_and_never_for_noise(run, name, own):
-    arguments, who = (["Who?"], ["ask"]) if name == "ask" else ([], list(ASKED))
+    arguments, who = (["Who?", "--answer", "Ann"], ["ask"]) if name == "ask" else ([], list(ASKED))
     done = run(name, replies, *arguments, documents=["1. a\n2. b"] * 3, engine_name="simulator",
                simulator="S", seed=5, top_k=2, generator="hf", **own)
-    golds = {row["id"]: " or ".join(row["golden_answers"]) for row in ROWS} | {"ask": ""}
+    golds = {row["id"]: " or ".join(row["golden_answers"]) for row in ROWS} | {"ask": "Ann"}
     words, temperature, tokens = own.values() or (25, 0.8, 600)
     assert done.simulator.prompts == [
         chat("sim", f"2 of {words}, useful, good: {ASKED.get(w, 'Who?')} ({golds[w]}) b")
@@ -835,14 +835,18 @@ def test_report_tells_what_it_lacks(tmp_path, monkeypatch, jsonl):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "report", "runs"])
     for name, steps in (("zero", 40), ("one-step", 1)):
         (tmp_path / name).mkdir()
-        jsonl(f"{name}/metrics.jsonl", [{"step": i, "reward/mean": i / 40, "noise/p": i / 100,
-                                         "search/per_episode": 1.5} for i in range(steps)])
+        noise = {"noise/p": 0.1} if name == "zero" else {}  # the other searched a real engine
+        jsonl(f"{name}/metrics.jsonl", [
+            {"step": i, "reward/mean": i / 40, "search/per_episode": 1.5} | noise
+            for i in range(steps)])
     agents, out = [evaluation(tmp_path / n) for n in ("warm", "trained")], tmp_path / "page"
     runs = [tmp_path / "zero", tmp_path / "one-step", *agents,
             evaluation(tmp_path / "far/trained", benchmark="popqa", method="rag")]
     command(evaluate, "report", *runs, "--out", out)
     text = (out / "report.md").read_text()
-    for part in ("| zero | 40 | 0.04 to 0.94 |", "No cost for zero", "| zero | - |",
+    for part in ("| zero | 40 | 0.04 to 0.94 | 1.50 to 1.50 | 0.10 to 0.10 | - |",
+                 "| one-step | 1 | 0.00 to 0.00 | 1.50 to 1.50 | - | - |",
+                 "No cost for zero", "| zero | - |",
                  f"No paired difference of warm and {agents[1]}", f"| {runs[-1]} | popqa |",
                  "`python evaluate.py report runs`"):
         assert part in text, part

@@ -431,9 +431,15 @@ def test_search_shows_both_qualities_and_passes_its_options(plug, tmp_path, caps
     assert fake.seeds == [3, 3] and fake.calls[0].sampling == Sampling(600, 0.8, ())
     (tmp_path / "mine.toml").write_text('[simulator]\nuser = "{query}: {question} {words} {k}"\n')
     command(sim, "search", "Peru", "--engine", "simulator", "--simulator", "SIM",
-            "--prompts", tmp_path / "mine.toml")
+            "--prompts", tmp_path / "mine.toml", "--temperature", 0.3)
     assert "user\nPeru: Peru 25 3<|im_end|>" in fake.prompts[2]  # without a question: the query
-    assert fake.seeds[2] == 0
+    assert fake.seeds[2] == 0 and fake.calls[1].sampling.temperature == 0.3
+
+
+def test_a_search_without_a_hit_says_so(jsonl, capsys):
+    corpus = jsonl("corpus.jsonl", [{"title": "Peru", "text": "Lima"}])
+    command(sim, "search", "zzz xyzzy", "--corpus", corpus)
+    assert capsys.readouterr().out == "zzz xyzzy  (bm25): nothing found\n"
 
 
 def test_search_asks_the_real_engine_that_is_named(monkeypatch, capsys):

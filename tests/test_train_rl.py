@@ -410,6 +410,10 @@ def test_a_real_engine_is_made_of_its_options_and_only_if_asked_for(train, monke
     assert made[0].corpus == tmp_path / "corpus.jsonl" and made[1].url == "http://there/retrieve"
     assert len(engine.requests) == 16 and not run.simulator.calls
     assert "1. real document\n2. second" in run.policy.prompts[-1]
+    # nothing is drawn, asked for or logged of noise
+    assert not [key for row in run.metrics for key in row if "nois" in key]
+    assert {turn["quality"] for e in run.episodes for turn in e["turns"]} == {None}
+    assert {request.quality for request in engine.requests} == {"useful"}
 
 
 def test_without_an_engine_the_template_offers_no_search(train):
