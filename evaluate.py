@@ -659,11 +659,11 @@ def table(
         help="The paper's row, such as table3/Qwen-2.5-3B/ZeroSearch-inst.")] = None,
     paper_model: Annotated[str | None, typer.Option(
         help="Or its model: prompted methods then stand beside their rows of table 3.")] = None,
-    metric: Annotated[str, typer.Option(help="em, f1, or cover_em: the published code's.")] = "em",
+    metric: Annotated[str, typer.Option(help="em; f1; recall; cover_em: the published EM.")] = "em",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """EM, or another metric, beside a row of the paper's tables, and the difference."""
-    check_value("--metric", metric, {"choices": COMPARED})
+    check_value("--metric", metric, {"choices": (*COMPARED, "recall")})
     results = [given_results(argument) for argument in runs]
     print_beside_paper(results, BENCHMARKS, metric, paper_row, paper_model, markdown)
 

@@ -56,7 +56,7 @@ def print_beside_paper(results: list[dict], benchmarks: Sequence[str], metric: s
     for (method, model), ours in groups.items():
         label, theirs = published_row(paper_model, paper_row, method)
         ours |= {"avg": average(ours, benchmarks)} if ours.keys() >= set(benchmarks) else {}
-        shared = [c for c in ours if c in theirs and metric != "f1"]
+        shared = [c for c in ours if c in theirs and metric in ("em", "cover_em")]
         cells = {", ".join(filter(None, (method, model))): {c: cell(ours[c], joint) for c in ours}}
         if theirs:
             cells[f"  paper: {label}"] = {c: f"{value:.1f}" for c, value in theirs.items()}

@@ -83,7 +83,7 @@ def test_outside_predictions_are_compared_and_stand_in_the_table(files, capsys):
         assert rows["predictions"][0].strip().startswith(f"{mean}<br>")
         assert rows["Search-R1"][1].strip().endswith("<br>n 3") and rows["Search-R1"][0] == " - "
         assert "a substring match EM" in out
-    with pytest.raises(UserError, match="--metric bleu: there are em, f1, cover_em"):
+    with pytest.raises(UserError, match="--metric bleu: there are em, f1, cover_em, recall"):
         command(evaluate, "table", f"nq={files['own']}", "--metric", "bleu")
 
 

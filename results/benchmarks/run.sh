@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Six methods on the same real questions of the seven benchmarks, with the embedded model:
 #   run.sh FOLDER [QUESTIONS]     FOLDER holds NAME.jsonl of each and passages.jsonl.gz (title, text)
-# A killed run goes on where it was. Prints the tables of README.md beside this script.
+# A killed run goes on where it was. README.md beside this script is what page.sh prints at the end.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -18,19 +18,4 @@ for method in $METHODS; do
         --generator hf --batch-size 30 --seed "$SEED" --out "$OUT/$method" $begun
 done
 
-folders=()
-for method in $METHODS; do for name in $NAMES; do folders+=("$OUT/$method/$name"); done; done
-for metric in em cover_em; do
-    echo
-    $PY evaluate.py table "${folders[@]}" --paper-model Qwen-2.5-3B --metric $metric --markdown
-done
-for method in direct rag; do # ids are unique within a benchmark alone: its name goes before each
-    for name in $NAMES; do
-        sed "s/^{\"id\": \"/&$name-/" "$OUT/$method/$name/predictions.jsonl"
-    done > "$OUT/$method.jsonl"
-done
-echo
-$PY evaluate.py compare "$OUT/direct.jsonl" "$OUT/rag.jsonl"
-for method in rag search-o1 agent; do
-    for name in $NAMES; do $PY evaluate.py score "$OUT/$method/$name" --json; done
-done
+results/benchmarks/page.sh "$OUT" "$QUESTIONS"
