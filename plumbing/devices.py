@@ -1,31 +1,22 @@
 """The machine: what it is, and the arithmetic that is fast on it."""
 
-import functools
 import platform
-import time
 from typing import Any
 
 import torch
 
 
-@functools.cache
 def compute_dtype() -> torch.dtype:
     """bfloat16; float32 on a CPU without instructions for bfloat16 (no AVX-512, as most laptops).
 
     PyTorch multiplies bfloat16 there in a plain loop: 400 times as slowly as float32, measured on
-    two Zen 3 cores. On other CPUs both take about as long, so a factor of 4 tells them apart."""
+    two Zen 3 cores. Asked is what PyTorch asks itself before it takes the loop: a measurement could
+    come out otherwise on a busy machine, or on another rank."""
     if torch.accelerator.is_available():
         return torch.bfloat16
-    matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    single, half = (min(product_seconds(matrix) for _ in range(3)) for matrix in matrices)
-    return torch.float32 if half > 4 * single else torch.bfloat16
-
-
-def product_seconds(matrix: torch.Tensor) -> float:
-    """Seconds of one matrix product on the CPU."""
-    started = time.perf_counter()
-    matrix @ matrix
-    return time.perf_counter() - started
+    mkldnn = torch.backends.mkldnn.is_available()
+    fast = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def describe_hardware() -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The arithmetic: float32 where a machine multiplies bfloat16 in a plain loop."""
+"""The arithmetic: float32 where PyTorch multiplies bfloat16 in a plain loop."""
+
+import time
 
 import pytest
 import torch
@@ -8,34 +10,36 @@ from plumbing import devices, models, served
 from plumbing.runfolder import describe_run
 
 
-@pytest.fixture
-def half_takes(monkeypatch):
-    """Set how many times as long as float32's a bfloat16 product takes."""
-    def use(times: float) -> None:
-        seconds = {torch.float32: 1.0, torch.bfloat16: times}
-        monkeypatch.setattr(devices, "product_seconds", lambda matrix: seconds[matrix.dtype])
-        devices.compute_dtype.cache_clear()
-    yield use
-    monkeypatch.undo()
-    devices.compute_dtype.cache_clear()
-
-
-@pytest.mark.parametrize(("times", "dtype"),
-                         [(400, "float32"), (1.5, "bfloat16"), (0.3, "bfloat16")])
-def test_the_arithmetic_is_what_the_machine_multiplies_fast(half_takes, times, dtype):
-    half_takes(times)
+@pytest.fixture(params=[(True, "bfloat16", "bf16"), (False, "float32", "no")])
+def arithmetic(request, monkeypatch) -> tuple[str, str]:
+    """A CPU that has, or lacks, instructions for bfloat16: the dtype, and Accelerate's name."""
+    has, dtype, precision = request.param
     if torch.accelerator.is_available():
-        dtype = "bfloat16"
+        dtype, precision = "bfloat16", "bf16"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    return dtype, precision
+
+
+def test_the_arithmetic_is_what_the_machine_multiplies_fast(arithmetic):
+    dtype, precision = arithmetic
     assert devices.compute_dtype() == getattr(torch, dtype)
     assert describe_run()["hardware"]["dtype"] == dtype
-    precision = models.make_accelerator().mixed_precision
-    assert precision == {"bfloat16": "bf16", "float32": "no"}[dtype]
+    assert models.make_accelerator().mixed_precision == precision
 
 
-@pytest.mark.parametrize("times", [400, 1.5])
-def test_the_sampler_has_the_same_arithmetic(half_takes, tmp_path, times):
-    half_takes(times)
+def test_the_sampler_has_the_same_arithmetic(arithmetic, tmp_path):
     tokenizer = make_tokenizer()
     models.save_model(make_model(len(tokenizer)), tokenizer, tmp_path / "model")
     generator = served.load_generator(str(tmp_path / "model"), "hf")
-    assert generator.model.dtype == devices.compute_dtype()
+    assert generator.model.dtype == getattr(torch, arithmetic[0])
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a CPU's choice")
+def test_it_is_not_the_plain_loop_on_this_machine():
+    """In seconds of this thread, which other work on the machine doesn't lengthen."""
+    seconds = {}
+    for dtype in (torch.float32, devices.compute_dtype()):
+        matrix, begun = torch.ones(512, 512, dtype=dtype), time.thread_time()
+        matrix @ matrix
+        seconds[dtype] = time.thread_time() - begun
+    assert seconds[devices.compute_dtype()] < 20 * seconds[torch.float32] + 0.05
