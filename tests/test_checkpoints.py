@@ -1,6 +1,4 @@
-"""A run killed at any instant goes on from its last checkpoint, and ends as if nothing had been.
-
-KILL_TEST_LOG=results/kill-test.md names a file for the log of the kills."""
+"""A run killed at any instant goes on from its last checkpoint, and ends as if nothing had been."""
 
 import json
 import os
@@ -91,48 +89,25 @@ def world(tmp_path_factory, policy, tiny):
     return World(tmp_path_factory.mktemp("world"), policy, tiny, steps=10)
 
 
-def check_kills(world: World, kills: int, seed: int) -> None:
-    """A run killed so many times, each time resumed, ends like the whole one."""
-    draws, out, hits, lines = random.Random(seed), world.folder / "killed", set(), []
-    for kill in range(kills):
-        phase = ("collect", "update", "save_checkpoint")[kill % 3]
+def test_killed_three_times_it_ends_as_if_nothing_had_been(world):
+    """Each time resumed; results/kills/run.py does more of it, to all stages."""
+    draws, hits = random.Random(1), set()
+    for kill, phase in enumerate(("collect", "update", "save_checkpoint")):
         count, share = draws.randint(2, 2 if phase == "save_checkpoint" else 4), draws.random()
         resume = ["--resume"] * (kill > 0)
         world.hit(signal.SIGKILL, phase, count, share, "--out", "killed", *resume)
-        hits.add(hit := (world.folder / "hit").read_text())
-        steps = (out / "metrics.jsonl").read_bytes().count(b"\n")
-        kept = ", ".join(sorted(path.name for path in (out / "checkpoints").glob("step-*")))
-        aim = f"{share:.2f} into {phase} {count}"
-        lines.append(f"| {kill + 1} | {aim} | {hit} | {steps} | {kept} |")
+        hits.add((world.folder / "hit").read_text())
     world.finish(world.train("killed", "--resume"))
     world.ends_like("killed", "whole")
     assert hits - {"between the phases"}
-    if path := os.environ.get("KILL_TEST_LOG"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(LOG.format(kills=kills, steps=world.steps, lines="\n".join(lines)))
-
-
-LOG = """# {kills} kills of one run
-
-A run of {steps} steps on the tiny model (`hf` engine, simulator, one thread), ended by SIGKILL and
-resumed {kills} times. Its final weights, episodes and metrics (but for `time/` and `rate/`):
-**equal to the uninterrupted run, bit for bit**.
-
-| kill | aimed at | hit | steps done | checkpoints on disk |
-|---|---|---|---|---|
-{lines}
-
-Made by `KILL_TEST_LOG=results/kill-test.md make test-slow`.
-"""
-
-
-def test_killed_three_times_it_ends_as_if_nothing_had_been(world):
-    check_kills(world, kills=3, seed=1)
 
 
 @pytest.mark.slow
-def test_killed_ten_times_it_ends_as_if_nothing_had_been(tmp_path, policy, tiny):
-    check_kills(World(tmp_path, policy, tiny, steps=32), kills=10, seed=time.time_ns())
+def test_all_stages_are_killed_and_stopped(tmp_path):
+    log, script = tmp_path / "log.md", ROOT / "results/kills/run.py"
+    counts = ["--kills", "12", "--signals", "8", "--seed", str(time.time_ns() % 10**9)]
+    subprocess.run([sys.executable, script, "--out", log, *counts], check=True)
+    assert log.read_text().startswith("# 12 SIGKILLs and 8 signals")
 
 
 def check_saved(world: World, out: str) -> int:
