@@ -1,8 +1,9 @@
 """What searching costs: in the paper (Table 8), in a training run, and in a planned run.
 
-    python costs.py paper                   # Table 8 from its parts, and what it leaves out
-    python costs.py run runs/zerosearch     # the same comparison from the counters of a run
-    python costs.py plan --gpu H200-141GB   # the bill before a run starts, and the break-even point
+\b
+    python costs.py paper                  # Table 8 and what it leaves out
+    python costs.py run runs/policy        # the same from a run's counters
+    python costs.py plan --gpu H200-141GB  # the bill before a run starts
 
 A search API is paid per search, a simulator's GPUs per hour. The paper compares these two alone
 ("search side" below). Either choice also needs the policy's GPUs, so every command shows the bill
@@ -161,11 +162,14 @@ def print_table8(title: str, parts: dict, rows: dict, policy: float = 0.0) -> No
 
 
 def read_config(run_dir: Path) -> tuple[str, dict]:
-    """The engine and the hardware {device, name, count} of a run. Raises UserError."""
+    """The engine and the hardware {device, name, count} of a run. A supervised stage has no engine:
+    "". Raises UserError."""
     path = run_dir / "config.json"
     try:
         config = json.loads(path.read_bytes())
-        engine, hardware = config["settings"]["engine"], config["hardware"]
+        settings, hardware = config["settings"], config["hardware"]
+        supervised = "pairs" in settings or "trajectories" in settings
+        engine = settings.get("engine", "") if supervised else settings["engine"]
         device, name, count = (hardware[key] for key in ("device", "name", "count"))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: needs settings.engine and hardware: {error!r}") from None
@@ -228,6 +232,10 @@ def run_cost(run_dir: str | Path, prices: dict | None = None) -> dict:
     run_dir, prices = Path(run_dir), prices or load_prices()
     engine, hardware = read_config(run_dir)
     steps, notes = read_metrics(run_dir)
+    if not engine:  # it searches nothing, and does nothing but updates
+        steps = [dict.fromkeys(COUNTERS, 0) | {key: step.get("time/step")
+                                               for key in ("time/update", "time/step")}
+                 for step in steps]
     totals = add_up(steps, notes)
     device_name = "cpu-core" if hardware["device"] == "cpu" else hardware["name"]
     device, count = price_of("device", device_name, prices), hardware["count"]
@@ -307,14 +315,20 @@ def print_runs(rows: list[dict]) -> None:
 
 
 def run_bills(runs: dict[str, Path]) -> tuple[dict[str, dict], list[str]]:
-    """The bill of each training run for the page, and notes on those that have none."""
-    bills, notes = {}, []
+    """The bill of each stage for the page, of all if one prepares another, and notes on those that
+    have none."""
+    found, notes = {}, []
     for name, run_dir in runs.items():
         try:
-            cost = run_cost(run_dir)
+            found[name] = run_cost(run_dir)
         except UserError as error:
             notes.append(f"No cost for {name}: {error}.")
-            continue
+    if len(found) > 1 and not all(cost["engine"] for cost in found.values()):
+        devices = {(cost["devices"], cost["device"]) for cost in found.values()}
+        count, device = devices.pop() if len(devices) == 1 else ("several", "devices")
+        found["all stages"] = sum_runs([*found.values()]) | {"devices": count, "device": device}
+    bills = {}
+    for name, cost in found.items():
         usd = {f"searches at {PAPER_API}": cost["api_usd"][PAPER_API],
                "search side of the run": cost["bill"]["search_side"],
                "whole run": cost["bill"]["whole_run"]}

@@ -1,23 +1,24 @@
 """Chapter 3: any model, method and engine on the question-answering benchmarks, beside the paper.
 
 \b
-    run      answer questions of benchmarks     ->  OUT/predictions.jsonl, OUT/results.json
-    score    every metric again, from predictions alone: ours, FlashRAG's or Search-R1's
-    compare  two runs on the same questions: paired difference, interval, p-value
+    run      answer questions of benchmarks -> predictions.jsonl, results.json
+    score    every metric from predictions: ours, FlashRAG's or Search-R1's
+    compare  two runs on the same questions: difference, interval, p-value
     table    runs or predictions beside the rows of the paper's tables
     report   figures and tables of training runs and evaluations, on one page
-    show     recorded episodes as text: by question, by step, the worst, what changed between runs
-    ask      one question, live: what the model thinks, searches, reads and answers
+    show     recorded episodes: by question, by step, the worst, what changed
+    ask      one question, live: what the model thinks, searches and reads
 
 A method is a function from questions to episodes. They are the same records as in training, so
 that an evaluation on a real engine is also how trajectories are collected. `agent` is chapter 2's
 rollout, greedy and without noise.
 
 \b
-    python evaluate.py run --benchmark world --model runs/demo/policy/model --out runs/demo/test
-    python evaluate.py run --benchmark nq,hotpotqa --model smollm2 --corpus FILE --out runs/test
+    python evaluate.py run --benchmark world --model smollm2 --out runs/world
+    python evaluate.py run --benchmark nq,hotpotqa --model smollm2 \\
+        --corpus FILE --out runs/test
     python evaluate.py compare runs/demo/before-rl runs/demo/after-rl
-    accelerate launch evaluate.py run ...          # each batch is split over the processes
+    accelerate launch evaluate.py run ...  # a batch is split over processes
 
 Exact match (em) is SQuAD's: equality after normalisation. Some published code, ZeroSearch's too,
 calls a substring match by that name; here it is cover_em, so that old figures can be compared.
@@ -713,7 +714,7 @@ def report(
         folders = {name: names[name] for name in trainings}
         parts += training_section(trainings, read_held_out(folders), out)
         parts += simulator_section(folders)
-        parts += cost_section(*costs.run_bills(folders), out)
+        parts += cost_section(*costs.run_bills({name: names[name] for name in stages}), out)
     parts += time_section(seconds, out / "seconds.txt")
     parts += [f"Made by `{shlex.join(['python', 'evaluate.py', *sys.argv[1:]])}`."]
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

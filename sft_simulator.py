@@ -1,13 +1,14 @@
 """Chapter 1: a language model learns to be a search engine (arXiv 2505.04588, section 3.2).
 
 \b
-    label   trajectories of an agent on a real engine  ->  pairs (query, quality, documents)
-    train   fine-tune a model on the pairs: loss on the documents, quality in the prompt
-    probe   does it obey? share of useful and noisy outputs that hold what the query asks
+    label   trajectories on a real engine -> pairs (query, quality, documents)
+    train   fine-tune a model on the pairs, with the quality in the prompt
+    probe   does it obey? share of its outputs that hold what the query asks
     search  ask any engine one query, and look
 
 \b
-    python sft_simulator.py label runs/demo/trajectories/predictions.jsonl --out pairs.jsonl
+    python sft_simulator.py label runs/demo/trajectories/predictions.jsonl \\
+        --out pairs.jsonl
     python sft_simulator.py train pairs.jsonl --out runs/simulator --lr 3e-4
     python sft_simulator.py search "capital of France" --engine bm25
 """

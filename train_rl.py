@@ -1,8 +1,8 @@
 """Chapter 2: a policy learns by RL to think, search and answer (ZeroSearch, section 3).
 
 \b
-    warmup    recorded trajectories teach a model too small to follow the template unprompted
-    train     the loop: collect episodes, learn from them, record what happened
+    warmup    recorded trajectories teach a small model the template
+    train     the loop: collect episodes, learn from them, record it
     schedule  the curriculum: the share of noisy searches at each step
 
 `train`, at the bottom, is the loop. `collect` lets the policy talk to a search engine for some
@@ -12,8 +12,9 @@ turns and scores its answers; `learn` says which tokens did better than expected
 The defaults are the paper's: days on a laptop. results/demo/run.sh has a budget for two CPU cores.
 
 \b
-    python train_rl.py train --data train.jsonl --simulator http://host:8000/v1 --out runs/policy
-    accelerate launch train_rl.py train ...     # any number of devices, by Accelerate's own config
+    python train_rl.py train --data train.jsonl --out runs/policy \\
+        --simulator http://host:8000/v1
+    accelerate launch train_rl.py train ...  # devices: Accelerate's config
 """
 
 import json

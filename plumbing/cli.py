@@ -199,7 +199,8 @@ class App(typer.Typer):
 
 
 def make_app(doc: str) -> typer.Typer:
-    return App(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=doc)
+    return App(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=doc,
+               rich_markup_mode=None)  # Rich would break the lines of an example
 
 
 def run_cli(app: typer.Typer) -> None:
@@ -244,8 +245,24 @@ def exit_now(code: int) -> None:
     os._exit(code)
 
 
+class ProgressLines(Progress):
+    """A line a step, of rank 0, where no terminal shows a bar."""
+
+    def __init__(self) -> None:
+        super().__init__(disable=True)
+
+    def update(self, task_id: Any, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        task = next(task for task in self.tasks if task.id == task_id)
+        line = f"{task.description} {task.completed:.0f}/{task.total:.0f}  {task.fields['info']}"
+        if os.environ.get("RANK", "0") == "0":
+            console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
 def progress_bar() -> Progress:
-    """Progress bar of a long stage. `info=` fills the last column."""
+    """Progress of a long stage. `info=` fills the last column."""
+    if not console.is_terminal:
+        return ProgressLines()
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                     TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"),
                     console=console)

@@ -88,8 +88,9 @@ def average(ours: dict[str, dict[str, float]], names: Sequence[str]) -> dict[str
 
 
 def run_names(runs: list[Path]) -> dict[str, Path]:
-    """Each run by its folder's name, or by its path where another has the same name."""
-    folders = [run.resolve().name for run in runs]
+    """Each run by its folder's name, or by its path where another has the same name. The folders
+    before-rl and after-rl are called before RL and after RL."""
+    folders = [re.sub(r"^(before|after)-rl$", r"\1 RL", run.resolve().name) for run in runs]
     return {str(run) if folders.count(folder) > 1 else folder: run
             for folder, run in zip(folders, runs)}
 

@@ -142,15 +142,19 @@ def draw_hops(agents: dict[str, dict], path: Path) -> None:
 
 
 def draw_costs(bills: dict[str, dict[str, tuple[float, str]]], path: Path) -> None:
-    """Search costs: a bar per run and kind. bills: run -> kind -> (US dollars, their text)."""
+    """Search costs, on a log scale: a bar per run and kind; none for 0 and for what is not known.
+
+    bills: run -> kind -> (US dollars, their text)."""
     fig, (ax,) = panels(1, [0.9 + 0.9 * len(bills)])
+    known = [usd for bill in bills.values() for usd, _ in bill.values() if usd > 0] or [1.0]
+    least = min(known) / 3
+    ax.set(xscale="log", xlabel="US dollars, log scale", xlim=(least, 100 * max(known)))
     for place, bill in enumerate(bills.values()):
         for k, ((kind, (usd, text)), colour) in enumerate(zip(bill.items(), COLOURS)):
-            width, y = np.nan_to_num(usd), place + 0.26 * (k - 1)
+            width, y = usd if usd > 0 else least, place + 0.26 * (k - 1)
             ax.barh(y, width, height=0.24, color=colour)
             # The label names the kind: most bars are too short to show their colour.
             ax.annotate(f"{text}  {kind}", (width, y), (5, 0), textcoords="offset points",
                         va="center")
     horizontal_bars(ax, list(bills), "What searching costs")
-    ax.set(xlabel="US dollars", xlim=(0, 1.35 * ax.get_xlim()[1]))
     save_figure(fig, path)

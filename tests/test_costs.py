@@ -275,3 +275,26 @@ def test_bad_files_are_one_line(refused, tmp_path, prices, file, old, new, says)
         assert old is ... or old in text
         path.write_text(new if old is ... else text.replace(old, new), encoding="utf-8")
     refused("run", folder, "--prices", prices, says=says)
+
+
+def test_stages_that_prepare_a_run_are_billed_beside_it(ok, tmp_path, prices):
+    """Tuning a simulator: 2 steps of 100 s on 2 GPUs at $0.001 a second, and no search."""
+    tuned = write_run(tmp_path / "simulator", [{"step": i, "loss": 1, "time/step": 100.0}
+                                               for i in range(2)])
+    config = {"settings": {"pairs": "pairs.jsonl", "lr": 1e-6}, "hardware": GPUS}
+    (tuned / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = write_run(tmp_path / "policy", [STEP] * 2)
+    bill = ok("run", tuned, folder, "--prices", prices, "--json")
+    assert [cost["bill"]["whole_run"] for cost in [*bill["runs"], bill["sum"]]] == pytest.approx(
+        [0.4, 1.6, 2.0])
+    assert bill["runs"][0]["notes"] == [] and bill["sum"]["searches"] == 1000
+    assert bill["sum"]["device_seconds"]["update"] == 2 * (2 * 100 + 2 * 200)
+    runs = {"simulator": tuned, "policy": folder}
+    for run in runs.values():  # a device that data/prices.toml has
+        text = (run / "config.json").read_text().replace("Example GPU 80GB", "A100-80GB")
+        (run / "config.json").write_text(text)
+    bills, notes = costs.run_bills(runs)
+    assert list(bills) == [*runs, "all stages"] and not notes
+    whole = [bill["bars"]["whole run"][0] for bill in bills.values()]
+    assert list(costs.run_bills({"policy": folder})[0]) == ["policy"]
+    assert whole[2] == pytest.approx(whole[0] + whole[1]) and whole[0] > 0

@@ -791,6 +791,7 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
         ([52], [[12], [8]]), ([1], [[1], [2]])]
     assert columns[0][0] == pytest.approx([-0.2, 0.8]) and columns[2][0] == pytest.approx([1.2])
     assert bars[:3] == [(0, *em), (1, *em), (0, *em)]  # one and two, then the other benchmark's
+    assert (tmp_path / "page/costs.png").exists()
     assert [width for _, width, _ in bars[3:]] == pytest.approx([5.5, 2.95, 5.9])
     assert [list(x) for x, *_ in curves] == [[0, 1, 2]] * 5 + [[0, 3]]
     assert list(curves.pop()[1]) == pytest.approx([0.2, 0.5])  # held out

@@ -746,7 +746,7 @@ def test_a_resumed_run_samples_with_the_checkpoints_weights(train, capsys):
     shutil.rmtree(whole.out / "checkpoints/step-000003")
     again = train(steps=3, save_every=1, flags=["--resume"])
     bills = re.findall(r"\$(\S+)", capsys.readouterr().err)  # 12 searches at $275 / 30,000
-    assert bills == ["0.11", "0.11"]
+    assert bills == ["0.04", "0.07", "0.11", "0.11"]
     assert again.policy.events[0] == "load" and len(again.policy.calls) == 2
     for name, weight in again.policy.weights[0].items():
         assert torch.equal(weight, whole.policy.weights[1][name])
@@ -850,7 +850,7 @@ def test_bad_settings_are_one_line_and_code_2(capsys, monkeypatch, data, tmp_pat
 
 def test_empty_gold_and_existing_run_are_refused(capsys, monkeypatch, jsonl, data, tiny, tmp_path):
     bad, config = tmp_path / "bad.jsonl", tmp_path / "run/config.json"
-    jsonl(bad.name, [question(0), question(1, answers=[])])
+    jsonl(bad.name, [question(0), question(1) | {"golden_answers": "Lima"}])
     config.parent.mkdir()
     config.write_text('{"settings": {}}')
     for file, words in ((bad, "bad.jsonl:2"), (data, "--overwrite")):

@@ -1,15 +1,17 @@
 """What people type wrong: each in one line that knows the next step, and nothing is lost."""
 
 import json
+import sys
 
 import pytest
 from helpers import ROOT, one_line, question, trajectory
+from rich.console import Console
 
 import costs
 import evaluate
 import sft_simulator as sim
 import train_rl as rl
-from plumbing import models, text
+from plumbing import cli, models, text
 
 TRAIN = ["train", "--data", "data.jsonl", "--model", "tiny", "--simulator", "tiny",
          "--out", "old", "--overwrite"]
@@ -115,6 +117,29 @@ def test_a_wrong_usage_is_one_line_and_nothing_is_lost(
     assert says in one_line(capsys, monkeypatch, module, *arguments)
     after = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize("module", [costs, sim, rl, evaluate])
+def test_the_examples_of_help_can_be_copied_at_80_columns(module, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    module.app(["--help"], standalone_mode=False)
+    shown = capsys.readouterr().out.splitlines()
+    lines = [line for line in module.__doc__.splitlines() if line.startswith("    ")]
+    assert any("python" in line for line in lines)
+    assert not [line for line in lines if f"  {line}" not in shown]
+    assert max(map(len, shown)) <= 80
+
+
+def test_off_a_terminal_a_stage_logs_a_line_a_step(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(file=sys.stdout, force_terminal=False))
+    with cli.progress_bar() as bar:
+        task = bar.add_task("training", total=3, info="")
+        bar.update(task, advance=1, info="loss 2.5")
+        monkeypatch.setenv("RANK", "1")  # another process logs nothing
+        bar.update(task, advance=1, info="loss 2.4")
+        monkeypatch.delenv("RANK")
+        bar.update(task, completed=3, info="loss 2.3")
+    assert capsys.readouterr().out == "training 1/3  loss 2.5\ntraining 3/3  loss 2.3\n"
 
 
 def test_a_presets_values_and_shared_limits_are_no_wrong_usage(capsys):
