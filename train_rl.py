@@ -21,7 +21,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,8 +30,8 @@ from typing import Any, Literal
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 import costs
 from plumbing.checkpoints import Checkpoints, check_tracker, saved_steps, start_tracker
@@ -41,11 +41,11 @@ from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, chec
 from plumbing.files import append_jsonl, draw_seed, read_jsonl, read_questions
 from plumbing.formats import read_trajectories
 from plumbing.generate import Generator, Sampling, attempt
-from plumbing.metrics import (check_empty_steps, collapse_warning, empty_steps, eval_metrics,
-                              rollout_metrics, update_metrics)
+from plumbing.metrics import (SKIPPED, add_up, check_empty_steps, collapse_warning, empty_steps,
+                              eval_metrics, rollout_metrics, update_metrics)
 from plumbing.models import (load_model, load_tokenizer, load_trained, make_accelerator,
-                             named_weights, prepare_reference, save_model, whole)
-from plumbing.ranks import Pass, Worker, balance_over_ranks, pad, unpad
+                             named_weights, prepare_reference, prepare_trained, save_model, whole)
+from plumbing.ranks import (Pass, Worker, balance_over_ranks, gather_groups, pad, split, unpad)
 from plumbing.rates import PhaseClock, peak_flops, rates
 from plumbing.remote import in_threads
 from plumbing.runfolder import FolderSettings, RunFolder, read_config
@@ -216,13 +216,12 @@ def play(episodes: list[Episode], setup: Setup, noise: float | None, step: int,
     """Play episodes to their end, in place, one turn of all of them at a time.
 
     In `max_searches` turns the policy may search (an invalid action uses one up), in a last one it
-    may only answer. An episode whose context has no room for a turn ends there."""
-    limits, active = setup.limits, episodes
-    for turn in range(limits.max_searches + 1):
-        for episode in active:
-            if len(episode.ids) + limits.tokens_per_turn > limits.context_tokens:
-                episode.end = "context"
-        active = [e for e in active if e.end is None]
+    may only answer. An episode ends where its context has no room for another turn."""
+    for episode in episodes:
+        if room_to_read(episode, setup) < 0:
+            episode.end = "context"
+    active = [e for e in episodes if e.end is None]
+    for turn in range(setup.limits.max_searches + 1):
         if not active:
             return
         with clock("rollout"):
@@ -236,8 +235,16 @@ def play(episodes: list[Episode], setup: Setup, noise: float | None, step: int,
             episode.turns[-1].quality = noise_quality(noise, setup.seed, step, episode, turn)
         with clock("search"):
             search_turn(searching, setup, step)
+        active = [e for e in active if e.end is None]
         for episode in active:
-            read_notices(episode, setup, last=turn + 1 == limits.max_searches)
+            episode.read(notices(episode, setup))
+
+
+def room_to_read(episode: Episode, setup: Setup) -> int:
+    """Tokens of documents that leave room in the context for the notices and a turn after them."""
+    limits = setup.limits
+    taken = len(episode.ids) + len(notices(episode, setup)) + limits.tokens_per_turn
+    return limits.context_tokens - taken
 
 
 def write_turn(active: list[Episode], setup: Setup, step: int, turn: int) -> None:
@@ -254,7 +261,10 @@ def write_turn(active: list[Episode], setup: Setup, step: int, turn: int) -> Non
 
 
 def act(episode: Episode, setup: Setup, turn: int) -> None:
-    """What the text of the last turn means: an answer, a query, or nothing valid."""
+    """What the text of the last turn means: an answer, a query, or nothing valid.
+
+    No search is made where its documents would leave no room for an answer: they are cut to what
+    room there is, and a search is not worth making for less than a quarter of their limit."""
     written = episode.turns[-1]
     written.action, content = parse_action(written.text)
     if written.action == "search" and setup.engine is None:
@@ -263,8 +273,13 @@ def act(episode: Episode, setup: Setup, turn: int) -> None:
         episode.answer, episode.end = content, "answered"
     elif turn == setup.limits.max_searches:
         episode.end = "turns"  # a search here would be paid for and read by nobody
-    elif written.action == "search":
-        written.query = content
+    else:
+        tags = len(observation_ids(setup.tokenizer, [], 0))
+        worth = max(tags, setup.limits.observation_tokens // 4)
+        if room_to_read(episode, setup) < (worth if written.action == "search" else 0):
+            episode.end = "context"
+        elif written.action == "search":
+            written.query = content
 
 
 def search_turn(searching: list[Episode], setup: Setup, step: int = 0) -> None:
@@ -288,17 +303,19 @@ def search_turn(searching: list[Episode], setup: Setup, step: int = 0) -> None:
         episode.malformed += not result.well_formed
         episode.simulator_prompt_tokens += result.prompt_tokens
         episode.simulator_tokens += result.completion_tokens
-        limit = setup.limits.observation_tokens
+        limit = min(setup.limits.observation_tokens, room_to_read(episode, setup))
         episode.read(observation_ids(setup.tokenizer, result.documents, limit))
 
 
-def read_notices(episode: Episode, setup: Setup, last: bool) -> None:
-    """Tell the policy that its action was invalid, or that its last turn has come."""
+def notices(episode: Episode, setup: Setup) -> list[int]:
+    """What tells the policy that its action was invalid, or that its last turn has come."""
     template = setup.prompts["policy_without_search" if setup.engine is None else "policy"]
-    if episode.turns[-1].action == "invalid":
-        episode.read(encode(setup.tokenizer, "\n" + fill(template["notice"]) + "\n"))
-    if last:
-        episode.read(encode(setup.tokenizer, fill(template["last_turn"]) + "\n"))
+    ids: list[int] = []
+    if episode.turns and episode.turns[-1].action == "invalid":
+        ids += encode(setup.tokenizer, "\n" + fill(template["notice"]) + "\n")
+    if len(episode.turns) == setup.limits.max_searches > 0:
+        ids += encode(setup.tokenizer, fill(template["last_turn"]) + "\n")
+    return ids
 
 
 # ---------------------------------------------------------------- reward
@@ -428,8 +445,11 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def whiten(values: Tensor, mean: Tensor, std: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over the global batch, whose moments are given. All (B, L)."""
-    return (values - mean) / (std + 1e-8) * mask
+    """Zero mean and unit variance over the global batch, whose moments are given. All (B, L).
+
+    Exactly 0 where the values are equal but for rounding, which a division would blow up."""
+    varied = std > 1e-6 * (1 + mean.abs())
+    return torch.where(varied, (values - mean) / std, 0.0) * mask
 
 
 # ---------------------------------------------------------------- losses (pure functions)
@@ -566,16 +586,22 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
     prompts_per_step: int = option(64, "Questions a step, over all processes.", low=1)
     rollouts: int = option(5, "Attempts at each question.", low=1)
     lr: float = option(1e-6, "Learning rate of the policy.", above=0)
+    warmup_ratio: float = option(0.0, "Share of the steps over which it rises from 0.", low=0,
+                                 high=1)
+    mini_batch_size: int | None = option(None, "Episodes an optimizer step; by default all of a "
+                                         "step's.", low=1)
     kl_coef: float = option(0.001, "Weight of the KL to the start model; 0: no reference.", low=0)
     clip_low: float = option(0.2, "The ratio is clipped at 1 minus this.", low=0, high=1)
     clip_high: float = option(0.2, "The ratio is clipped at 1 plus this.", low=0)
-    epochs: int = option(1, "Optimizer steps on each batch.", low=1)
+    epochs: int = option(1, "Passes over each batch.", low=1)
     importance_cap: float = option(2.0, "Cap of the sampler correction; 0 turns it off.", low=0)
     baseline: str = option("leave-one-out", "REINFORCE: what is subtracted from the reward.",
                            choices=("leave-one-out", "none"))
     scale_rewards: bool = option(True, "GRPO: divide by the group's deviation.")
     critic: str | None = option(None, "PPO: the critic's backbone; by default the policy's model.")
     critic_lr: float = option(1e-5, "PPO: learning rate of the critic.", above=0)
+    critic_warmup_ratio: float = option(0.0, "PPO: as --warmup-ratio, of the critic.", low=0,
+                                        high=1)
     gamma: float = option(1.0, "PPO, REINFORCE++: discount of a token.", low=0, high=1)
     gae_lambda: float = option(1.0, "PPO: decay of the advantage estimate.", low=0, high=1)
     mask_documents: bool = option(True, "Train no token of a document (off: the paper's Table 7).")
@@ -630,21 +656,24 @@ class Trainer(Worker):
     reference: nn.Module | None = None
     critic: nn.Module | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
+    schedules: list[LRScheduler] = field(default_factory=list)  # of both learning rates
     commit: Callable[[], None] = lambda: None  # called before a step first changes a weight
 
 
 def make_trainer(accelerator: Accelerator, s: TrainSettings) -> Trainer:
     """Policy, critic and reference on the device; float32 weights, bfloat16 arithmetic."""
 
-    def prepare(module: nn.Module, lr: float):
-        adam = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0, fused=True)
-        return accelerator.prepare(module, adam)
-
     policy = TokenScorer(load_trained(s.model, s.gradient_checkpointing))
-    trainer = Trainer(accelerator, *prepare(policy, s.lr))
+    steps = s.curriculum_steps or s.steps  # a run that is extended keeps its warm-up
+    warmup_steps = int(s.warmup_ratio * steps)
+    *prepared, schedule = prepare_trained(accelerator, policy, s.lr, warmup_steps)
+    trainer = Trainer(accelerator, *prepared, schedules=[schedule])
     if ALGORITHMS[s.algorithm].critic:
         critic = Critic(load_trained(s.critic or s.model, s.gradient_checkpointing))
-        trainer.critic, trainer.critic_optimizer = prepare(critic, s.critic_lr)
+        warmup_steps = int(s.critic_warmup_ratio * steps)
+        trainer.critic, trainer.critic_optimizer, schedule = prepare_trained(
+            accelerator, critic, s.critic_lr, warmup_steps)
+        trainer.schedules.append(schedule)
     if s.kl_coef > 0:
         reference = TokenScorer(load_model(s.model)).requires_grad_(False)
         trainer.reference = prepare_reference(accelerator, reference)
@@ -664,7 +693,7 @@ class Targets:
 
 
 def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode],
-                     sequences: list[Sequence]) -> Targets:
+                     sequences: list[Sequence], optimizer_steps: int = 1) -> Targets:
     """Advantages of every trained token, with the passes through the models that they need."""
     algorithm, device = ALGORITHMS[s.algorithm], trainer.accelerator.device
 
@@ -681,7 +710,7 @@ def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode]
     if trainer.reference is not None:
         targets.reference = logprobs_of(trainer.reference)
     # old: log-probs before the step by the trainer; the sampler's, of another engine, differ a bit.
-    if algorithm.kl == "reward" or s.epochs > 1:
+    if algorithm.kl == "reward" or optimizer_steps > 1:
         targets.old = logprobs_of(trainer.policy)
     if algorithm.kl == "reward":
         pairs = zip(targets.old, targets.reference or targets.old)
@@ -702,31 +731,55 @@ def played_groups(episodes: list[Episode], size: int) -> list[list[int]]:
     return [[i for i in group if episodes[i].end != "failed"] for group in groups]
 
 
-def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode],
-           clock: Callable) -> dict[str, float]:
-    """One step's optimisation. Every trained token of the global batch weighs the same."""
-    sequences = [Sequence(e.ids, e.trained_mask(s.mask_documents)) for e in episodes]
+def trained_sequence(episode: Episode, mask_documents: bool) -> Sequence:
+    """An episode up to its last trained token: nothing depends on what comes after it."""
+    mask = episode.trained_mask(mask_documents)
+    end = max((i + 1 for i, trained in enumerate(mask) if trained), default=1)
+    return Sequence(episode.ids[:end], mask[:end])
+
+
+def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode], clock: Callable,
+           mini_batches: list[list[int]] | None = None) -> dict[str, float]:
+    """One step's optimisation: an optimizer step on each mini-batch, `epochs` times.
+
+    mini_batches: indices of this rank's episodes in each; by default one of all. Every trained
+    token of a global mini-batch weighs the same."""
+    sequences = [trained_sequence(e, s.mask_documents) for e in episodes]
+    mini_batches = mini_batches or [list(range(len(sequences)))]
+    tokens = [trainer.total(sum(sum(sequences[i].mask[1:]) for i in indices))
+              for indices in mini_batches]
+    parts = [part for part in zip(mini_batches, tokens) if part[1]] * s.epochs
     with clock("reference"):
-        targets = estimate_targets(trainer, s, episodes, sequences)
-    tokens = trainer.total(sum(sum(q.mask[1:]) for q in sequences))
+        if parts:
+            targets = estimate_targets(trainer, s, episodes, sequences, len(parts))
     with clock("update"):
-        for epoch in range(s.epochs):
-            sums = train_epoch(trainer, s, sequences, targets, tokens)
-            if epoch == 0:
-                first = sums
+        sums = []
+        for indices, count in parts:
+            sums.append(train_epoch(trainer, s, sequences, targets, count, indices))
+            if len(sums) == 1:
                 trainer.commit()
-            sums["grad_norm"] = follow_gradient(trainer, sums)
-    return update_metrics(trainer, targets, tokens, first, sums)
+            sums[-1]["grad_norm"] = follow_gradient(trainer, sums[-1])
+        if not parts:  # all searches failed, or no episode had room for a turn
+            trainer.commit()
+        for schedule in trainer.schedules:
+            schedule.step()
+    if not parts:
+        return SKIPPED
+    each = len(parts) // s.epochs
+    return update_metrics(trainer, targets, sum(tokens), add_up(sums[:each]), add_up(sums[-each:]))
 
 
 def train_epoch(trainer: Trainer, s: TrainSettings, sequences: list[Sequence], targets: Targets,
-                tokens: float) -> dict[str, Any]:
-    """One pass over the batch, which leaves its gradient. Returns sums over this rank's tokens."""
+                tokens: float, indices: Iterable[int] | None = None) -> dict[str, Any]:
+    """One pass over a mini-batch of the sequences, by default all, which leaves its gradient.
+
+    tokens: how many it trains on all ranks. Returns sums over this rank's."""
     accelerator = trainer.accelerator
     kl_in_loss = trainer.reference is not None and ALGORITHMS[s.algorithm].kl == "loss"
     # No advantage, no gradient: left out, unless a KL or a critic learns from these tokens too.
     train_all = kl_in_loss or trainer.critic is not None
-    trained = [i for i, a in enumerate(targets.advantages) if train_all or a.any()]
+    indices = range(len(sequences)) if indices is None else indices
+    trained = [i for i in indices if train_all or targets.advantages[i].any()]
     sums = dict.fromkeys(("policy", "kl", "entropy", "clipped", "gap", "value", "scored"), 0.0)
     for part in trainer.micro_batches([sequences[i] for i in trained], s.batch_tokens,
                                       trainer.policy, trainer.critic):
@@ -790,6 +843,7 @@ class WarmupSettings(TuningSettings):
     trajectories: Path = argument("predictions.jsonl with whole trajectories to imitate.")
     lr: float = option(1e-4, "Peak learning rate.", above=0)
     top_k: int = option(3, "Documents of a search that are read.", low=1)
+    max_searches: int = option(5, "As in the rollouts: after so many no more is offered.", low=0)
 
 
 @command(app, WarmupSettings)
@@ -803,19 +857,23 @@ def warmup(s: WarmupSettings) -> None:
     main = accelerator.is_main_process
     with RunFolder(s, prompts, main, trajectories=s.trajectories) as folder:
         tokenizer = load_tokenizer(s.model)
-        sequences = [replay(record, tokenizer, prompts, s.top_k) for record in records]
+        sequences = [replay(record, tokenizer, prompts, s.top_k, s.max_searches)
+                     for record in records]
         fine_tune(accelerator, load_model(s.model), tokenizer, sequences, folder)
 
 
-def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int) -> Sequence:
+def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int,
+           max_searches: int = EpisodeSettings.max_searches) -> Sequence:
     """A recorded trajectory as the ids that a rollout would have made of valid actions."""
     episode = new_episode(record, 0, tokenizer, prompts)
-    for turn in record["turns"]:
+    for number, turn in enumerate(record["turns"], 1):
         ids = encode(tokenizer, turn["text"])
         episode.write(ids, [0.0] * len(ids))
         if turn.get("query"):
             documents = turn["documents"][:top_k]
             episode.read(observation_ids(tokenizer, documents, EpisodeSettings.observation_tokens))
+            if number == max_searches:
+                episode.read(encode(tokenizer, fill(prompts["policy"]["last_turn"]) + "\n"))
     return Sequence(episode.ids, episode.mask)
 
 
@@ -903,6 +961,7 @@ def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerat
     generator, trainer = load_generator(s.model, s.generator), make_trainer(accelerator, s)
     setup = Setup(generator, ENGINES[s.engine].make(s), folder.prompts, s, s.seed)
     engine = ENGINES[s.eval_engine].make(s) if s.eval_engine else setup.engine
+    check_room(rows, setup)
     held_out = replace(setup, engine=engine, limits=replace(s, temperature=0.0))
     folder.open()  # only now: all that can fail has loaded
     accelerator.wait_for_everyone()
@@ -929,6 +988,15 @@ def step_noise(step: int, s: TrainSettings) -> float | None:
     return CURRICULA[s.curriculum](step, s) if ENGINES[s.engine].simulated else None
 
 
+def check_room(rows: list[dict[str, Any]], setup: Setup) -> None:
+    """Raise UserError if not even the shortest question leaves room for a turn."""
+    row = min(rows, key=lambda row: len(row["question"]))
+    episode = new_episode(row, 0, setup.tokenizer, setup.prompts, setup.engine is not None)
+    if room_to_read(episode, setup) < 0:
+        raise UserError(f"--context-tokens {setup.limits.context_tokens} has no room for a turn of "
+                        f"{setup.limits.tokens_per_turn}: a prompt takes {len(episode.ids)}")
+
+
 def collect(run: Run, step: int, clock: PhaseClock) -> list[Episode]:
     """Play and score this step's episodes; returns those of all ranks."""
     s, noise = run.s, step_noise(step, run.s)
@@ -953,7 +1021,7 @@ def play_questions(run: Run, setup: Setup, rows: list[dict[str, Any]], samples: 
     for episode in episodes:
         if episode.end != "failed":
             score(episode, s.reward)
-    everyone = gather_object(episodes)
+    everyone = gather_groups(episodes, samples)
     check_failures([e.error for e in everyone], run.failed, s.failed_searches)
     return everyone
 
@@ -962,8 +1030,10 @@ def learn(run: Run, step: int, episodes: list[Episode], clock: PhaseClock) -> di
     """One update from the episodes of all ranks; the sampler gets the new weights."""
     s, accelerator = run.s, run.trainer.accelerator
     shares = balance_over_ranks(episodes, s.rollouts, accelerator.num_processes)
+    mine = shares[accelerator.process_index]
+    mini_batches = split(episodes, mine, s.mini_batch_size or len(episodes))
     try:
-        losses = update(run.trainer, s, shares[accelerator.process_index], clock)
+        losses = update(run.trainer, s, mine, clock, mini_batches)
     except FloatingPointError as error:
         kept = s.out.with_name(f"{s.out.name}-nonfinite.jsonl")  # for s.out may go: see RunFolder
         if accelerator.is_main_process:

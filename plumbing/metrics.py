@@ -14,7 +14,7 @@ def rollout_metrics(episodes: list[Any], group_size: int,
 
     noise: the curriculum's p; with a real engine None, and nothing is logged of noise."""
     scored = [e for e in episodes if e.end != "failed"]
-    rewards = torch.tensor([e.reward for e in scored], dtype=torch.float64)
+    rewards = torch.tensor([e.reward for e in scored] or [0.0], dtype=torch.float64)
     groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
     by_group = [[e.reward for e in group if e.end != "failed"] for group in groups]
     turns = [turn for e in episodes for turn in e.turns]
@@ -24,7 +24,8 @@ def rollout_metrics(episodes: list[Any], group_size: int,
     return {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(unbiased=False).item(),
-        **{f"reward/{name}": mean(e.scores[name] for e in scored) for name in scored[0].scores},
+        **{f"reward/{name}": mean(e.scores[name] for e in scored)
+           for name in (scored[0].scores if scored else ("f1", "em", "answered", "format"))},
         **{f"reward/hops_{h}": mean(e.reward for e in scored if e.hops == h)
            for h in sorted({e.hops for e in scored if e.hops})},
         "reward/zero_variance_groups": mean(min(group) == max(group)
@@ -99,6 +100,18 @@ def collapse_warning(metrics: dict[str, float], can_search: bool) -> str | None:
     if metrics["loss/entropy"] < 0.005 and metrics["tokens/trained"] > 1:
         return "the policy's entropy is almost 0: it tries nothing new and will learn nothing more"
     return None
+
+
+# Of a step without a trained token: nothing is learnt, and the run goes on.
+SKIPPED = dict.fromkeys((
+    "loss/policy", "loss/entropy", "loss/clip_fraction", "loss/logprob_gap", "loss/grad_norm",
+    "loss/advantage_std", "tokens/trained"), 0.0) | {"loss/skipped": 1.0}
+
+
+def add_up(sums: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of several mini-batches; `grad_norm` is the last one's."""
+    return {name: sum(part[name] for part in sums) for name in sums[0]} | {
+        "grad_norm": sums[-1]["grad_norm"]}
 
 
 def update_metrics(worker: Worker, targets: Any, tokens: float, first: dict[str, Any],

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (AutoModelForCausalLM, AutoTokenizer,
+                          get_constant_schedule_with_warmup)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.cli import UserError, console, first_line
@@ -161,7 +164,15 @@ def make_accelerator(**options) -> Accelerator:
     """Accelerate with float32 weights and `compute_dtype`, on the devices of its own config.
 
     Under FSDP2 its default also rounds the gradients between ranks and a model's outputs (here
-    log-probs) to bfloat16; this policy keeps both in float32."""
+    log-probs) to bfloat16; this policy keeps both in float32. Raises UserError for engines that
+    have an update or a sharding of their own."""
+    for name in ("DEEPSPEED", "MEGATRON_LM"):  # they step the optimizer after every micro-batch
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(f"Accelerate's {name} is not supported: use DDP or FSDP2 "
+                            "(data/accelerate)")
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP1 is not supported: use fsdp_version: 2 (data/accelerate)")
     fast = compute_dtype()
     precision = "bf16" if fast == torch.bfloat16 else "no"
     accelerator = Accelerator(mixed_precision=precision, **options)
@@ -180,6 +191,18 @@ def load_trained(name: str, checkpointing: bool):
         for module in model.modules():  # layers checkpoint in training mode only; no dropout
             module.training = isinstance(module, GradientCheckpointingLayer)
     return model
+
+
+def prepare_trained(accelerator: Accelerator, module: nn.Module, lr: float,
+                    warmup_steps: int) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler]:
+    """Module and AdamW on the device, and the learning rate's schedule, which the caller steps. It
+    rises over `warmup_steps` from 0. Checkpoints hold all three."""
+    adam = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    module, optimizer = accelerator.prepare(module, adam)
+    # Accelerate's own wrapper would step it once for every rank.
+    schedule = get_constant_schedule_with_warmup(optimizer, warmup_steps)
+    accelerator.register_for_checkpointing(schedule)
+    return module, optimizer, schedule
 
 
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -89,9 +91,23 @@ def balance_over_ranks(episodes: list[Any], group_size: int, ranks: int) -> list
     return [[episode for group in share for episode in group] for share in shares]
 
 
+def gather_groups(mine: list[Any], size: int) -> list[Any]:
+    """The groups of all ranks in the order in which they were dealt: to the ranks by turns."""
+    shares = gather_object([mine])
+    groups = [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
+    return [e for turn in zip_longest(*groups, fillvalue=[]) for group in turn for e in group]
+
+
+def split(episodes: list[Any], mine: list[Any], size: int) -> list[list[int]]:
+    """Mini-batches of `size` of all episodes, as indices of those that are mine."""
+    places = {id(episode): i for i, episode in enumerate(mine)}
+    return [[places[id(e)] for e in episodes[start : start + size] if id(e) in places]
+            for start in range(0, len(episodes), size)]
+
+
 def pad(ragged: list[Tensor]) -> Tensor:
-    """Tensors (L_i,) as the rows of one matrix, padded on the right with 0. -> (B, L)."""
-    return pad_sequence(ragged, batch_first=True)
+    """Tensors (L_i,) as the rows of one matrix, padded on the right with 0. -> (B, L), L >= 1."""
+    return pad_sequence([*ragged, ragged[0].new_zeros(1)], batch_first=True)[:-1]
 
 
 def unpad(matrix: Tensor, like: list[Tensor]) -> list[Tensor]:

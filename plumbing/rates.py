@@ -1,6 +1,7 @@
 """Clocks and rates: seconds by phase, tokens and useful operations per second, MFU."""
 
 import itertools
+import math
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def rates(trainer: Worker, metrics: dict[str, float], peak: float) -> dict[str, 
     peak: measured FLOP/s of all ranks. Useful operations: see `Pass`; the head counts for scored
     tokens only, a shared prefix once (as tokens in every sequence). Recomputation and the products
     inside attention don't count."""
-    found = {"rate/rollout_tokens": metrics["cost/policy_tokens"] / metrics["time/rollout"]}
+    found = {"rate/rollout_tokens": metrics["cost/policy_tokens"]
+             / metrics.get("time/rollout", math.inf)}
     for phase, operations in (("reference", 2), ("update", 6)):
         done = [work for work in trainer.work if work.operations == operations]
         tokens = trainer.total(sum(len(s.ids) for work in done for s in work.batch))

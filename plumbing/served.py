@@ -122,10 +122,11 @@ class VLLMGenerator:
 
 
 def from_vllm(output) -> Generation:
-    """vLLM's CompletionOutput as a Generation. Its `stop_reason` is None after an EOS token."""
+    """vLLM's CompletionOutput as a Generation. Its `stop_reason` is None after an EOS token, the id
+    after a further one of generation_config.json, or a stop string."""
     ids = list(output.token_ids)
     logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)]
-    reason = "eos" if output.stop_reason is None else "stop"
+    reason = "stop" if isinstance(output.stop_reason, str) else "eos"
     return Generation(ids, logprobs, "length" if output.finish_reason == "length" else reason)
 
 

@@ -212,8 +212,9 @@ def make_critic(dtype):
     return critic
 
 
-def gradient(episodes, dtype=torch.float64, keep_critic=False, **changes):
-    """The gradient and metrics (or the critic's gradient) of one update of a tiny policy."""
+def gradient(episodes, dtype=torch.float64, keep_critic=False, mini_batches=None, **changes):
+    """The last gradient and the metrics (or the critic's gradient) of an update of a tiny policy.
+    """
     s = settings(**changes)
     accelerator = Accelerator(cpu=True)  # under `accelerate launch` one rank of several
 
@@ -225,7 +226,7 @@ def gradient(episodes, dtype=torch.float64, keep_critic=False, **changes):
         trainer.reference = TokenScorer(exact_model(4, dtype)).requires_grad_(False)
     if rl.ALGORITHMS[s.algorithm].critic:
         trainer.critic, trainer.critic_optimizer = prepare(make_critic(dtype))
-    metrics = rl.update(trainer, s, episodes, PhaseClock())
+    metrics = rl.update(trainer, s, episodes, PhaseClock(), mini_batches)
     if keep_critic:
         metrics = trainer.critic and trainer.critic_optimizer.optimizer.gradients[-1]
     return trainer.optimizer.optimizer.gradients[-1], metrics

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from helpers import ALGORITHMS, exact_model, gradient, saved_episodes, settings
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import get_constant_schedule_with_warmup
 
 import evaluate
 import sft_simulator as sim
@@ -19,20 +20,31 @@ import train_rl as rl
 from plumbing.cli import leave
 from plumbing.generate import HFGenerator
 from plumbing.models import named_weights
+from plumbing.ranks import split
 from plumbing.rates import PhaseClock
 from plumbing.scorer import Critic, Sequence, TokenScorer
 
 CASES = [(dtype, changes) for dtype in (torch.float64, torch.float32) for changes in ALGORITHMS]
 
 
-def episodes(rank: int | None = None):
-    """The global batch, three groups of two; rank 0 gets the first group, rank 1 the others."""
+def episodes(rank: int | None = None, size: int | None = None):
+    """The global batch, three groups of two; rank 0 gets the first group, rank 1 the others.
+
+    With a size: the rank's share and its mini-batches."""
     batch = saved_episodes(count=6)
-    return batch if rank is None else batch[2:] if rank else batch[:2]
+    mine = batch if rank is None else batch[2:] if rank else batch[:2]
+    return mine if size is None else (mine, split(batch, mine, size))
 
 
-def step(batch, mesh=None):
-    """The trainer after a PPO step of two epochs with a KL, on whole or sharded models."""
+def mini_batch(rank: int | None = None):
+    """Gradient of the second of two mini-batches, of which rank 0 has nothing, and the metrics."""
+    mine, mini_batches = episodes(rank, 4)
+    return gradient(mine, mini_batches=mini_batches, batch_tokens=40, kl_coef=0.1)
+
+
+def step(batch, mini_batches, mesh=None):
+    """The trainer after a PPO step of two epochs and two mini-batches with a KL, in the second of
+    three steps of warm-up, on whole or sharded models."""
     policy, reference = (TokenScorer(exact_model(seed)) for seed in (3, 4))
     critic = Critic(exact_model(5)).double()
     if mesh is not None:
@@ -43,8 +55,14 @@ def step(batch, mesh=None):
     optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-2) for module in (policy, critic)]
     trainer = rl.Trainer(Accelerator(cpu=True), policy, optimizers[0], reference, critic,
                          optimizers[1])
+    trainer.schedules = [get_constant_schedule_with_warmup(o, 3) for o in optimizers]
+    for optimizer, schedule in zip(optimizers, trainer.schedules):
+        optimizer.step()
+        schedule.step()
     s = settings(algorithm="ppo", kl_coef=0.1, epochs=2, batch_tokens=40)
-    return trainer, rl.update(trainer, s, batch, PhaseClock())
+    metrics = rl.update(trainer, s, batch, PhaseClock(), mini_batches)
+    assert all(abs(o.param_groups[0]["lr"] - 1e-2 * 2 / 3) < 1e-9 for o in optimizers)
+    return trainer, metrics
 
 
 def supervised():
@@ -73,8 +91,8 @@ def main(out: str) -> None:
     rank = Accelerator(cpu=True).process_index
     results = {"ddp": [gradient(episodes(rank), dtype, batch_tokens=40, **changes)
                        for dtype, changes in CASES], "supervised": supervised(),
-               "answered": answered()}
-    trainer, metrics = step(episodes(rank), init_device_mesh("cpu", (2,)))
+               "answered": answered(), "mini-batch": mini_batch(rank)}
+    trainer, metrics = step(*episodes(rank, 4), init_device_mesh("cpu", (2,)))
     parameters = [*trainer.policy.parameters(), *trainer.critic.parameters()]
     mine = sum(p.to_local().numel() for p in parameters)  # only a DTensor has this
     results["share"] = mine / sum(p.numel() for p in parameters)

@@ -47,7 +47,8 @@ class World:
         (folder / "train.jsonl").write_text("".join(rows))
         self.options = ["train", "--data", folder / "train.jsonl", "--model", policy, "--simulator",
                         simulator, *BUDGET, "--kl-coef", "0.1", "--save-every", 2, "--steps", steps,
-                        "--eval-every", 3, "--eval-data", folder / "train.jsonl"]
+                        "--eval-every", 3, "--eval-data", folder / "train.jsonl",
+                        "--warmup-ratio", 0.8, "--mini-batch-size", 3]
         package = folder / "site/trackio-1.0.dist-info"
         package.mkdir(parents=True)
         (package / "METADATA").write_text("Metadata-Version: 2.1\nName: trackio\nVersion: 1.0\n")

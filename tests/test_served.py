@@ -1,6 +1,7 @@
 """Models on a server: token-exact, shared by replicas, and refused where ids do not come back."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers import PROMPTS, command, question, read_lines
@@ -13,7 +14,7 @@ from plumbing.engines import SearchRequest
 from plumbing.generate import Sampling
 from plumbing.models import simulator_tuning
 from plumbing.remote import OutsideError, RetryPolicy, in_threads
-from plumbing.served import ServerGenerator, load_generator
+from plumbing.served import ServerGenerator, from_vllm, load_generator
 from plumbing.text import encode
 
 QUICK = RetryPolicy(timeout=5, attempts=3, first_wait=0.02, longest_wait=0.2)
@@ -169,3 +170,13 @@ def test_the_key_of_a_server_is_sent_and_never_shown(serve, monkeypatch, tiny, t
     assert key not in str(error.value) and len(sound.calls) >= 2
     for *_, headers in sound.calls + refusing.calls:
         assert headers["Authorization"] == f"Bearer {key}"
+
+
+@pytest.mark.parametrize("finish,stop,reason", [
+    ("stop", None, "eos"), ("stop", 128009, "eos"), ("stop", "</search>", "stop"),
+    ("length", None, "length")])
+def test_why_vllm_stopped(finish, stop, reason):
+    """It names a further end-of-sequence id, of generation_config.json, by its number."""
+    output = SimpleNamespace(token_ids=[7], logprobs=[{7: SimpleNamespace(logprob=-1.0)}],
+                             finish_reason=finish, stop_reason=stop)
+    assert from_vllm(output).stop_reason == reason

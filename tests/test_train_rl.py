@@ -44,6 +44,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +177,23 @@ def test_noise_comes_with_its_probability(tokenizer):
         assert low <= draws.count("noisy") <= high
 
 
+def test_episodes_stay_within_their_context(tokenizer):
+    """Documents are cut to what leaves room for an answer; without such room none are asked for."""
+    prompt = len(rl.new_episode(question(), 0, tokenizer, PROMPTS).ids)
+    ends = set()
+    for room in range(60, 700, 16):
+        limits = rl.EpisodeSettings(max_searches=3, tokens_per_turn=50, observation_tokens=160,
+                                    context_tokens=prompt + room)
+        replies = ["<search>a</search>", "hm", "<search>b</search>", "<answer>Lima</answer>"]
+        (episode,), _, engine = play(tokenizer, replies, ["word " * 100], limits)
+        ends.add(episode.end)
+        assert len(episode.ids) <= limits.context_tokens
+        assert episode.mask[-1] == 1, room  # nothing was read that nobody answered to
+        asked = [turn.query for turn in episode.turns if turn.query]
+        assert [r.query for r in engine.requests] == asked and len(asked) == episode.searches
+    assert ends == {"context", "answered"}
+
+
 def test_a_rollout_and_a_replay_give_the_same_ids(tokenizer):
     replies = ["<think> t </think>\n<search> a </search>", "<answer> b </answer>"]
     (episode,), _, _ = play(tokenizer, replies, ["d", "e"])
@@ -183,6 +201,11 @@ def test_a_rollout_and_a_replay_give_the_same_ids(tokenizer):
              {"text": replies[1]}]
     sequence = rl.replay(question() | {"turns": turns}, tokenizer, PROMPTS, top_k=2)
     assert (sequence.ids, sequence.mask) == (episode.ids, episode.mask)
+    limits = replace(LIMITS, max_searches=1)  # here the last turn is announced
+    (episode,), _, _ = play(tokenizer, replies, ["d", "e"], limits)
+    sequence = rl.replay(question() | {"turns": turns}, tokenizer, PROMPTS, 2, max_searches=1)
+    assert (sequence.ids, sequence.mask) == (episode.ids, episode.mask)
+    assert PROMPTS["policy"]["last_turn"] in tokenizer.decode(sequence.ids)
 
 
 def test_curriculum_is_the_published_formula():
@@ -552,6 +575,19 @@ def test_old_log_probs_are_those_of_the_sampling_policy_in_every_epoch(train):
     assert {name for name, x in one.metrics[0].items() if run.metrics[0][name] != x} == changed
 
 
+def test_learning_rate_and_mini_batches(train):
+    """It rises from 0 step by step, in all optimizer steps of a step; the ratios of the second
+    mini-batch are to the log-probs before the first, where a large step has taken them away."""
+    run = train(steps=5, warmup_ratio=0.8, algorithm="ppo", critic_warmup_ratio=0.4,
+                critic_lr=0.1, mini_batch_size=3)
+    policy, critic = run.optimizers
+    assert policy.lrs[::2] == policy.lrs[1::2] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01])
+    assert critic.lrs[::2] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1])
+    steep = train(lr=0.3, steps=1, mini_batch_size=2, rollouts=4, out="steep")
+    assert len(steep.optimizers[0].gradients) == 4
+    assert steep.metrics[0]["loss/clip_fraction"] > 0
+
+
 def test_the_reference_stays_the_start_model(train):
     run = train(kl_coef=0.2)
     start, now = load(run.start), load(run.start)
@@ -742,9 +778,11 @@ def test_a_checkpoint_is_flushed_before_it_has_its_name(train, monkeypatch):
 
 
 def test_a_resumed_run_samples_with_the_checkpoints_weights(train, capsys):
-    whole = train(steps=3, save_every=1)
+    options = {"steps": 3, "save_every": 1, "warmup_ratio": 1, "mini_batch_size": 3}
+    whole = train(**options)
     shutil.rmtree(whole.out / "checkpoints/step-000003")
-    again = train(steps=3, save_every=1, flags=["--resume"])
+    again = train(**options, flags=["--resume"])
+    assert again.optimizers[0].lrs == whole.optimizers[0].lrs[-2:] != whole.optimizers[0].lrs[:2]
     bills = re.findall(r"\$(\S+)", capsys.readouterr().err)  # 12 searches at $275 / 30,000
     assert bills == ["0.04", "0.07", "0.11", "0.11"]
     assert again.policy.events[0] == "load" and len(again.policy.calls) == 2
@@ -752,14 +790,15 @@ def test_a_resumed_run_samples_with_the_checkpoints_weights(train, capsys):
         assert torch.equal(weight, whole.policy.weights[1][name])
     assert again.metrics == whole.metrics and again.episodes == whole.episodes
     assert again.policy.seeds == whole.policy.seeds[-len(again.policy.seeds) :]
-    longer = train(steps=4, save_every=1, flags=["--resume"])  # after the last of two checkpoints
+    options["steps"] = 4
+    longer = train(**options, flags=["--resume"])  # after the last of two checkpoints
     assert len(longer.policy.calls) == 2
 
     def stop(prompt, seed):
         os.kill(os.getpid(), signal.SIGTERM)
 
     shutil.rmtree(whole.out / "checkpoints/step-000004")
-    train(stop, steps=4, save_every=1, flags=["--resume"])
+    train(stop, **options, flags=["--resume"])
     assert "stopped after 3 steps" in " ".join(capsys.readouterr().err.split())
 
 
@@ -819,6 +858,37 @@ def test_nothing_to_learn_is_warned_of_and_no_error(train, capsys):
     assert run.metrics[0]["loss/grad_norm"] == run.metrics[0]["loss/policy"] == 0
     start = dict(load(run.start).named_parameters())
     assert all(torch.equal(weight, start[name]) for name, weight in run.policy.weights[-1].items())
+
+
+def test_a_step_without_a_trained_token_is_skipped_and_counted(train):
+    """Every other question is too long for a turn."""
+    rows = [question(i) | {"question": f"Question {i}? " + "long " * 200 * (i % 2)}
+            for i in range(4)]
+    run = train(rows=rows, steps=4, prompts_per_step=1, context_tokens=900, algorithm="ppo",
+                kl_coef=0.1, observation_tokens=80)
+    skipped = [row.get("loss/skipped", 0) for row in run.metrics]
+    assert skipped == [row["search/context_overflows"] / 2 for row in run.metrics]
+    assert sorted(skipped) == [0, 0, 1, 1]
+    assert len(run.optimizers[0].gradients) == 2
+
+
+def test_a_prompt_without_room_for_a_turn_is_refused_before_the_run(train, tmp_path):
+    with pytest.raises(UserError, match="--context-tokens 300 has no room for a turn of 64"):
+        train(context_tokens=300)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("engine,words", [
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
+])
+def test_engines_with_an_update_of_their_own_are_refused(capsys, monkeypatch, data, tiny, tmp_path,
+                                                         engine, words):
+    for name, value in engine.items():
+        monkeypatch.setenv(name, value)
+    arguments = options(data, tiny, tmp_path / "run", "--engine", "none")
+    assert words in one_line(capsys, monkeypatch, rl, *arguments)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("extra,words", [

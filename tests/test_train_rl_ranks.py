@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import tomllib
 
@@ -41,6 +42,13 @@ def test_two_ranks_have_the_gradient_of_one(two_ranks):
         assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6), (dtype, changes)
 
 
+def test_two_ranks_have_the_mini_batches_of_one(two_ranks):
+    """Those of the global batch; a rank may have nothing of one."""
+    (kept, metrics), (whole, expected) = two_ranks["mini-batch"], ranks.mini_batch()
+    assert relative(kept, whole) <= 1e-9 and whole.norm() > 1e-3
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_two_ranks_tune_like_one(two_ranks):
     """Three sequences and two: the second rank's last micro-batch is of nothing."""
     (loss, kept), (expected, whole) = two_ranks["supervised"], ranks.supervised()
@@ -52,9 +60,10 @@ def test_two_ranks_answer_a_question_each(two_ranks):
 
 
 def test_two_shards_make_the_step_of_one(two_ranks):
-    """FSDP2: two epochs of PPO give the same weights, which reach the sampler whole."""
+    """FSDP2: two epochs of PPO in two mini-batches, with warm-up, give the same weights, which
+    reach the sampler whole."""
     sampler, critic, metrics = two_ranks["fsdp"]
-    trainer, expected = ranks.step(ranks.episodes())
+    trainer, expected = ranks.step(*ranks.episodes(size=4))
     assert 0.45 < two_ranks["share"] < 0.55  # of each rank, of all parameters
     for found, module in ((sampler, trainer.policy.model), (critic, trainer.critic)):
         parameters = dict(module.named_parameters())
@@ -123,6 +132,18 @@ def test_presets_hold_the_papers_figures(capsys, name):
     model = config["model"].split("/")[1]
     assert name == f"paper-{model.lower().replace('llama-', 'llama')}" and len(PRESETS) == 6
     assert model.removesuffix("-Instruct") in paper["policy"]
+
+
+def test_presets_are_the_released_runs_where_the_paper_is_silent(capsys):
+    """data/presets.md: every value of the table is the preset's, and the released one."""
+    table = re.findall(r"^\| (\w+) \| (\S+) \| (\S+) \| (\S+) \|", (
+        ROOT / "data/presets.md").read_text(encoding="utf-8"), re.M)[1:]
+    config = show(capsys, "--preset", "paper-qwen2.5-3b")
+    released = {"mini_batch_size": 256, "warmup_ratio": 0.95, "critic_warmup_ratio": 0.015}
+    for option, paper, run, preset in table:
+        assert config[option] == float(preset) == float(run if paper == "–" else paper), option
+        assert float(run) == released.pop(option, float(run))
+    assert len(table) > 15 and not released
 
 
 def test_an_option_goes_before_its_preset(capsys):

@@ -76,6 +76,9 @@ def test_whitening_is_over_policy_tokens():
     white = rl.whiten(values, *trainer.moments(values, mask), mask)[mask.bool()]
     assert white.mean().item() == pytest.approx(0, abs=1e-6)
     assert white.std().item() == pytest.approx(1, abs=1e-6)
+    for equal in (0.7, 1e-9, 123.4):  # but for rounding
+        values = torch.full((3, 5), equal) * (1 + 1e-7 * torch.randn(3, 5, generator=generator))
+        assert not rl.whiten(values, *trainer.moments(values), torch.ones(3, 5)).any()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -213,6 +216,44 @@ def test_a_whole_step_equals_a_slow_one(changes, seed):
         assert {name: metrics[name] for name in figures} == pytest.approx(figures, rel=1e-4)
 
 
+def test_a_mini_batch_has_the_gradient_of_its_episodes_alone():
+    """At a learning rate of 0."""
+    episodes = saved_episodes(count=6)
+    alone, _ = gradient(episodes[4:])
+    last, metrics = gradient(episodes, mini_batches=[[0, 1, 2, 3], [4, 5]])
+    assert relative(last, alone) < 1e-9
+    assert metrics["tokens/trained"] == sum(sum(e.mask) for e in episodes)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce++", "grpo"])
+def test_a_batch_without_a_trained_token_is_skipped_and_counted(algorithm):
+    """All searches failed; or only those of a rank, which has no tokens but takes part."""
+    episodes = saved_episodes()
+    for e in episodes:
+        e.end = "failed"
+    s = settings(algorithm=algorithm, kl_coef=0.1)
+    trainer = rl.Trainer(Accelerator(cpu=True), TokenScorer(exact_model(3)), None)
+    trainer.reference, trainer.critic = TokenScorer(exact_model(4)), make_critic(torch.float64)
+    assert rl.update(trainer, s, episodes, PhaseClock())["loss/skipped"] == 1
+    sequences = [Sequence(e.ids, e.trained_mask(True)) for e in episodes]
+    trainer.moments = lambda values, mask=None: (tensor(0.0), tensor(1.0))  # of the other ranks
+    targets = rl.estimate_targets(trainer, s, episodes, sequences)
+    assert [len(a) for a in targets.advantages] == [0] * 4
+
+
+def test_nothing_after_the_last_trained_token_is_computed():
+    seen, episodes = [], saved_episodes()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook
+    with hook(lambda module, args: seen.append(
+            args[0].numel() if type(module).__name__ == "Embedding" else 0)):
+        whole, _ = gradient(episodes)
+        computed = list(seen)
+        for e in episodes:
+            e.read([5] * 30)
+        seen.clear()
+        assert torch.equal(gradient(episodes)[0], whole) and seen == computed
+
+
 def test_groups_without_variance_are_skipped():
     """Unless a KL in the loss gives them a gradient; documents are trained only if asked."""
     episodes = saved_episodes()
@@ -300,14 +341,16 @@ def test_grpo_loss_and_gradient_equal_trls(kl_coef, off_policy, trl_type, tokeni
     trainer.reference = other if kl_coef else None
     targets = rl.Targets([torch.full_like(x, a) for x, a in zip(policy, advantages)],
                          sampler=policy, **given)
-    tokens = sum(map(len, policy))
-    sums = rl.train_epoch(trainer, s, sequences, targets, tokens)
+    mini_batch = range(4)  # of six episodes
+    tokens = sum(len(policy[i]) for i in mini_batch)
+    sums = rl.train_epoch(trainer, s, sequences, targets, tokens, mini_batch)
     loss = float(sums["policy"] + kl_coef * sums["kl"]) / tokens
     fast = torch.cat([p.grad.flatten() for p in scorer.parameters()])
     scorer.zero_grad()
     # use_bias_correction_kl, its default, multiplies DeepSeekMath's KL, which ours is, by the ratio
-    theirs, slow = trl_loss(scorer.model, episodes, advantages, tokenizer, tmp_path, beta=kl_coef,
-                            epsilon=0.2, epsilon_high=0.3, loss_type=trl_type,
+    given = {name: ragged and ragged[:4] for name, ragged in given.items()}
+    theirs, slow = trl_loss(scorer.model, episodes[:4], advantages[:4], tokenizer, tmp_path,
+                            beta=kl_coef, epsilon=0.2, epsilon_high=0.3, loss_type=trl_type,
                             use_bias_correction_kl=False, **given)
     assert (float(sums["clipped"]) > 3) == off_policy  # the clip is at work
     assert loss == pytest.approx(theirs, rel=1e-4) and abs(theirs) > 1e-3
