@@ -54,7 +54,7 @@ probe() {
 }
 
 warmup() {
-    $PY train_rl.py warmup "$OUT/trajectories-warmup/predictions.jsonl" --top-k 3 \
+    $PY train_rl.py warmup "$OUT/trajectories-warmup/predictions.jsonl" --top-k 3 --max-searches 3 \
         --batch-tokens 1536 --out "$OUT/warmup" --lr 2e-4 --batch-size 4 --seed "$SEED" --overwrite
 }
 
