@@ -77,11 +77,11 @@ test_set() { # looked at once
 
 bill() {
     $PY costs.py paper
-    $PY costs.py run "$OUT/policy"
+    $PY costs.py run "$OUT"/{simulator,warmup,policy}
 }
 
 report() {
-    $PY evaluate.py report "$OUT/policy" "$OUT"/{direct,rag,before-rl,after-rl} --out "$OUT"
+    $PY evaluate.py report "$OUT"/{simulator,warmup,policy} "$OUT"/{direct,rag,before-rl,after-rl} --out "$OUT"
 }
 
 mkdir -p "$OUT"
