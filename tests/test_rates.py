@@ -32,7 +32,7 @@ def test_rates_by_hand():
 
 def test_the_update_tells_its_work():
     """Two epochs over all episodes, and a forward pass of each model, are counted once."""
-    trainer, _ = ranks.step(ranks.episodes())
+    trainer, _ = ranks.step(ranks.episodes(), None)
     tokens = sum(len(e.ids) for e in ranks.episodes())
     seen = dict.fromkeys(((id(w.module), w.operations) for w in trainer.work), 0)
     for work in trainer.work:

@@ -57,7 +57,7 @@ def test_supervised_training_is_stopped_and_resumed(tuning, tmp_path, monkeypatc
 def test_a_run_is_extended_and_keeps_its_curriculum(policy, tiny, jsonl, tmp_path, capsys,
                                                     monkeypatch):
     data = jsonl("questions.jsonl", [question(i) for i in range(4)])
-    training = [rl, "train", "--data", data, "--model", policy, *BUDGET, "--engine", "none"]
+    training = [rl, "train", "--data", data, "--model", policy, *BUDGET, "--simulator", tiny]
     long, short = tmp_path / "long", tmp_path / "short"
     command(*training, "--out", long, "--steps", 4, "--curriculum-steps", 2)
     command(*training, "--out", short, "--steps", 2)

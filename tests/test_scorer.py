@@ -26,11 +26,16 @@ def mistral(vocabulary):
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2))
 
 
-@pytest.mark.parametrize("make", [
-    make_model, lambda n: make_model(n, num_key_value_heads=4), mistral,
-], ids=["grouped", "ungrouped", "sliding"])
-@pytest.mark.parametrize("rows", [ROWS, [row * 150 for row in ROWS]],
-                         ids=["short", "long"])  # long: torch's own attention
+MODELS = {"grouped": make_model, "sliding": mistral,
+          "ungrouped": lambda n: make_model(n, num_key_value_heads=4)}
+LONG = [row * 150 for row in ROWS]  # for torch's own attention
+
+
+@pytest.mark.parametrize(("make", "rows"), [
+    *((make, ROWS) for make in MODELS.values()), (make_model, LONG),
+    *(pytest.param(MODELS[name], LONG, marks=pytest.mark.slow)
+      for name in ("sliding", "ungrouped")),
+])
 def test_scorer_equals_a_plain_pass_over_every_row(tokenizer, make, rows):
     """Log-probs, entropies and gradient, whatever the rows share; the decoder sees no token twice,
     and no padding."""

@@ -8,7 +8,7 @@ back here (before the colon the file, if not this one):
  1  KL to the reference maximised     test_train_rl_update: test_a_whole_step_equals_a_slow_one
  2  queries with others' questions    test_a_request_carries_its_own_question_and_every_alias
  3  answers found in the prompt       test_only_the_policys_own_text_is_parsed
- 4  substring match called EM         test_evaluate: test_em_and_f1_equal_torchmetrics
+ 4  substring match called EM         test_evaluate: test_metrics_equal_torchmetrics
  5  validation at temperature 1       test_evaluate: test_evaluation_by_hand
  6  sampled text tokenised again      test_sampled_ids_are_trained_as_they_are
  7  PPO over document tokens          test_train_rl_update: test_a_whole_step_equals_a_slow_one
