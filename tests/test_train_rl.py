@@ -409,7 +409,7 @@ def samplings(generator):
     ({"context_tokens": 490}, lambda run: {e["end"] for e in run.episodes} == {"context"}),
     ({"observation_tokens": 43}, lambda run: sum(
         p.endswith("</search>" + BLOCK.format("1. Lima is i")) for p in run.policy.prompts) == 8),
-], ids=str)
+], ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_an_option_reaches_what_it_is_about(train, options, seen):
     assert seen(train(**options))
 
