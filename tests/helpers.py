@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import math
 import sys
 import threading
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -360,6 +362,25 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address): ...  # some tests' clients give up
+
+
+def poisson_mean(count):
+    """The mean at which a Poisson variable reaches the count in 5 % of draws."""
+    means = np.linspace(0, 1, 100_001)
+    less = sum(np.exp(-means) * means**i / math.factorial(i) for i in range(count))
+    return np.interp(0.05, 1 - less, means)
+
+
+def score_interval(percent, n):
+    """Wilson's interval: the p of which the observed share is 1.96 standard errors away. Of 1 to 3
+    right (or wrong) answers its outer end is where a Poisson variable reaches so many in 5 %."""
+    share, z2, right = percent / 100, 1.959964**2, round(n * percent / 100)
+    low, high = sorted(np.roots([1 + z2 / n, -(2 * share + z2 / n), share**2]).real)
+    if 1 <= right <= 3 and right < n / 2:
+        low = min(low, poisson_mean(right) / n)
+    if 1 <= n - right <= 3 and n - right < n / 2:
+        high = max(high, 1 - poisson_mean(n - right) / n)
+    return [100 * low, 100 * high]
 
 
 class Handler(BaseHTTPRequestHandler):

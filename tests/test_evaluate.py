@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import (FakeEngine, FakeGenerator, command, one_line, plug_engine, plug_generators,
-                     question, read_lines)
+                     question, read_lines, score_interval)
 
 import evaluate
 from plumbing.cli import UserError
@@ -76,55 +76,6 @@ def test_score_is_stable_to_the_last_digit(jsonl, capsys):
         [997, 100 * answers.count("x") / 997, 100 * sum(map(bool, answers)) / 997])
 
 
-def poisson_mean(count):
-    """The mean at which a Poisson variable reaches the count in 5 % of draws."""
-    means = np.linspace(0, 1, 100_001)
-    less = sum(np.exp(-means) * means**i / math.factorial(i) for i in range(count))
-    return np.interp(0.05, 1 - less, means)
-
-
-def score_interval(percent, n):
-    """Wilson's interval: the p of which the observed share is 1.96 standard errors away. Of 1 to 3
-    right (or wrong) answers its outer end is where a Poisson variable reaches so many in 5 %."""
-    share, z2, right = percent / 100, 1.959964**2, round(n * percent / 100)
-    low, high = sorted(np.roots([1 + z2 / n, -(2 * share + z2 / n), share**2]).real)
-    if 1 <= right <= 3 and right < n / 2:
-        low = min(low, poisson_mean(right) / n)
-    if 1 <= n - right <= 3 and n - right < n / 2:
-        high = max(high, 1 - poisson_mean(n - right) / n)
-    return [100 * low, 100 * high]
-
-
-def test_interval_of_a_proportion_is_wilsons():
-    for n, right in ((8, 0), (8, 8), (3, 2), (60, 21), (60, 2), (60, 57), (500, 1)):
-        (m,) = evaluate.summarize([{"em": 100.0 * (i < right)} for i in range(n)]).values()
-        assert m["n"] == n and m["mean"] == pytest.approx(100 * right / n)
-        assert [m["low"], m["high"]] == pytest.approx(score_interval(m["mean"], n), abs=1e-3)
-    assert evaluate.wilson(0.0, 8) == pytest.approx((0, 32.44), abs=0.01)
-
-
-def test_bootstrap_interval_is_the_binomial_one():
-    """Resampling two values makes binomial means, whose percentiles can be written down."""
-    n, ones = 60, 21
-    interval = evaluate.summarize([{"f1": float(i < ones)} for i in range(n)])["f1"]
-    share = ones / n
-    chances = [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)]
-    low, high = np.searchsorted(np.cumsum(chances), [0.025, 0.975]) / n
-    assert interval["mean"] == share
-    assert [interval["low"], interval["high"]] == pytest.approx([low, high], abs=1 / n)
-
-
-@pytest.mark.parametrize(("table", "interval"), [
-    # both right, only A, only B, neither; intervals of A - B: Newcombe 1998, table II, method 10
-    ((36, 12, 2, 0), (5.69, 34.04)), ((36, 14, 0, 0), (15.28, 41.67)),
-    # both runs got everything wrong: as wide as Wilson's interval of 0 of 8
-    ((0, 0, 0, 8), (-32.44, 32.44))])
-def test_interval_of_a_paired_difference_is_newcombes(table, interval):
-    answers = [(100.0, 100.0), (100.0, 0.0), (0.0, 100.0), (0.0, 0.0)]
-    a, b = np.array([pair for pair, n in zip(answers, table) for _ in range(n)]).T
-    assert evaluate.paired_interval(b, a) == pytest.approx(interval, abs=0.005)
-
-
 def test_verdict_interval_and_p_agree(jsonl):
     """At every pair of results on 7 questions."""
     verdicts = set()
@@ -142,49 +93,12 @@ def test_verdict_interval_and_p_agree(jsonl):
     assert verdicts == {"higher", "lower", "can't tell"}
 
 
-@pytest.mark.slow
-def test_interval_of_a_proportion_holds_it_in_92_percent_of_samples():
-    """20,000 samples each. The least at any n from 8 to 500: 91 %, at n = 13 and p = 0.23."""
-    rng = np.random.default_rng(0)
-    for n in (8, 10, 16, 20, 25, 30, 50, 64, 100, 125, 200, 350, 500):
-        ends = np.array([evaluate.proportion_interval(100 * k / n, n) for k in range(n + 1)])
-        for p in (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5):
-            low, high = ends[rng.binomial(n, p, 20_000)].T
-            assert np.mean((low <= 100 * p) & (100 * p <= high)) >= 0.92, (n, p)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [8, 30, 125, 500])
-def test_interval_of_a_paired_difference_holds_it_in_92_percent_of_samples(n):
-    """Of a paired difference: in 4,000 draws."""
-    rng = np.random.default_rng(0)
-    for p in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5):
-        for other, shared in ((p, 0.5), (min(2 * p, 0.9), 0.5), (p, 0.0)):
-            # each question is drawn for both runs at once with chance `shared`
-            draws, common = rng.random((2, 4_000, n)), rng.random((4_000, n)) < shared
-            a = draws[0] < p
-            b = np.where(common, draws[0], draws[1]) < other
-            held = [low - 1e-9 <= 100 * (other - p) <= high + 1e-9 for low, high in
-                    (evaluate.paired_interval(100.0 * x, 100.0 * y) for x, y in zip(a, b))]
-            assert np.mean(held) >= 0.92, (p, other, shared)
-
-
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one():
     for n, right in ((5, 0), (5, 2), (6, 6), (7, 1)):
         for k in range(1, n + 1):
             draws = list(itertools.combinations([i < right for i in range(n)], k))
             assert evaluate.pass_at_k(n, right, k) == pytest.approx(
                 sum(map(any, draws)) / len(draws))
-
-
-@pytest.mark.parametrize(("differences", "p"), [
-    ([1, 1, 0, 0], 2 / 4), ([3, 1], 2 / 4),  # ++ and --, of four patterns of signs
-    ([1] * 5, 2 / 32), ([0, 0], 1.0),
-    ([1, 1, -1], 8 / 8),  # |sum| is 1 or 3, never less than 1
-    ([1] * 40, 1 / 10_001),  # too many patterns: random ones, none as extreme
-])
-def test_sign_flip_p(differences, p):
-    assert evaluate.sign_flip_p(np.array(differences, dtype=float)) == pytest.approx(p)
 
 
 @pytest.mark.skipif("QA_DATA" not in os.environ, reason="QA_DATA names no folder of benchmarks")
