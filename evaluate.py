@@ -141,17 +141,17 @@ def write_on(episodes: list[Episode], setup: Setup, max_tokens: int,
 def conclude(episodes: list[Episode], setup: Setup, method: str) -> list[Episode]:
     """Ask those who have not answered: after the method's cue, the rest of the line is it."""
     cue = encode(setup.tokenizer, setup.prompts[method]["cue"])
+    room = setup.limits.context_tokens - len(cue) - ANSWER_TOKENS
     open_ones = [e for e in episodes if e.answer is None and e.end != "failed"]
     for episode in open_ones:
-        episode.end = "context"
-    room = setup.limits.context_tokens - len(cue) - ANSWER_TOKENS
-    open_ones = [e for e in open_ones if len(e.ids) <= room]
+        episode.end = "context" if len(episode.ids) > room else None
+    open_ones = [e for e in open_ones if e.end is None]
     for episode in open_ones:
         episode.read(cue)
     texts = write_on(open_ones, setup, ANSWER_TOKENS, stop=("\n",))
     for episode, text in zip(open_ones, texts, strict=True):
         episode.turns.append(Turn(text, "answer"))
-        if episode.end != "failed":
+        if episode.end is None:
             episode.answer, episode.end = text.strip().partition("\n")[0].strip(), "answered"
     return episodes
 

@@ -342,7 +342,7 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
     adam = torch.optim.AdamW(scorer.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
     scorer, optimizer = accelerator.prepare(scorer, adam)
     steps = draw_batches(len(sequences), s)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rise_and_fall(len(steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(len(steps)))
     accelerator.register_for_checkpointing(schedule)
     if s.resume:
         checkpoints.go_on()
@@ -376,7 +376,7 @@ def draw_batches(count: int, s: TuningSettings) -> list[list[int]]:
     return [order[i : i + s.batch_size] for i in range(0, len(order), s.batch_size)]
 
 
-def rise_and_fall(steps: int) -> Callable[[int], float]:
+def warmup_and_decay(steps: int) -> Callable[[int], float]:
     """The learning rate's factor at a step: up over the first 5 %, then linearly towards 0."""
     rising = max(1, steps // 20)
     return lambda step: min((step + 1) / rising, (steps - step) / (steps - rising + 1))
@@ -414,14 +414,14 @@ def fine_tune(accelerator: Accelerator, model, tokenizer, sequences: list[Sequen
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(TuningSettings):
+class SimulatorTrainSettings(TuningSettings):
     pairs: Path = argument("The tuning set: of label, or JSONL of prompt and response.")
     words: int = option(25, "Words a document, as the prompt asks.", low=1)
     temperature: float = option(0.8, "At which it will be asked; saved with the model.", low=0)
 
 
-@command(app, TrainSettings)
-def train(s: TrainSettings) -> None:
+@command(app, SimulatorTrainSettings)
+def train(s: SimulatorTrainSettings) -> None:
     """Fine-tune a model into a search engine whose quality is switched by its prompt; it goes to
     OUT/model."""
     examples, prompts = read_tuning_set(s.pairs), load_prompts(s.prompts)

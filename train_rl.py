@@ -7,7 +7,7 @@
 
 `train`, at the bottom, is the loop. `collect` lets the policy talk to a search engine for some
 turns and scores its answers; `learn` says which tokens did better than expected
-(`estimate_targets`) and makes them likelier (`train_epoch`). Documents are read, never trained.
+(`estimate_targets`) and makes them likelier (`accumulate_gradient`). No document is trained.
 
 The defaults are the paper's: days on a laptop. results/demo/run.sh has a budget for two CPU cores.
 
@@ -228,7 +228,7 @@ def play(episodes: list[Episode], setup: Setup, noise: float | None, step: int,
             write_turn(active, setup, step, turn)
         active = [e for e in active if e.end is None]
         for episode in active:
-            act(episode, setup, turn)
+            interpret(episode, setup, turn)
         active = [e for e in active if e.end is None]
         searching = [e for e in active if e.turns[-1].action == "search"]
         for episode in searching if noise is not None else ():
@@ -260,8 +260,8 @@ def write_turn(active: list[Episode], setup: Setup, step: int, turn: int) -> Non
         episode.turns.append(Turn(setup.tokenizer.decode(generation.ids), "invalid"))
 
 
-def act(episode: Episode, setup: Setup, turn: int) -> None:
-    """What the text of the last turn means: an answer, a query, or nothing valid.
+def interpret(episode: Episode, setup: Setup, turn: int) -> None:
+    """Record what the text of the last turn means: an answer, a query, or nothing valid.
 
     No search is made where its documents would leave no room for an answer: they are cut to what
     room there is, and a search is not worth making for less than a quarter of their limit."""
@@ -662,7 +662,6 @@ class Trainer(Worker):
 
 def make_trainer(accelerator: Accelerator, s: TrainSettings) -> Trainer:
     """Policy, critic and reference on the device; float32 weights, bfloat16 arithmetic."""
-
     policy = TokenScorer(load_trained(s.model, s.gradient_checkpointing))
     steps = s.curriculum_steps or s.steps  # a run that is extended keeps its warm-up
     warmup_steps = int(s.warmup_ratio * steps)
@@ -691,6 +690,11 @@ class Targets:
     values: list[Tensor] | None = None
     returns: list[Tensor] | None = None
 
+    def flat(self, part: list[int]) -> "Targets":
+        """Those of some episodes, one after the other: one tensor (N,) each."""
+        return Targets(*(column and torch.cat([column[i] for i in part])
+                         for column in vars(self).values()))
+
 
 def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode],
                      sequences: list[Sequence], optimizer_steps: int = 1) -> Targets:
@@ -700,9 +704,7 @@ def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode]
     def logprobs_of(model: nn.Module) -> list[Tensor]:
         return trainer.evaluate(model, sequences, s.batch_tokens, temperature=s.temperature)
 
-    columns = [zip(e.logprobs, e.mask, q.mask) for e, q in zip(episodes, sequences)]
-    sampler = [torch.tensor([logprob if sampled else math.nan for logprob, sampled, trained in row
-                             if trained], device=device) for row in columns]
+    sampler = [sampler_logprobs(e, q).to(device) for e, q in zip(episodes, sequences)]
     targets = Targets([], sampler)
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
     mask = pad([torch.ones_like(x) for x in sampler])
@@ -723,6 +725,13 @@ def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode]
     targets.advantages = unpad(advantages.to(mask).expand_as(mask), sampler)
     targets.returns = None if returns is None else unpad(returns, sampler)
     return targets
+
+
+def sampler_logprobs(episode: Episode, sequence: Sequence) -> Tensor:
+    """(L,): of each trained token; NaN where the sampler never sampled it, as in a document."""
+    trained, sampled = (torch.tensor(mask).bool() for mask in (sequence.mask, episode.mask))
+    logprobs = torch.tensor(episode.logprobs).masked_fill(~sampled, math.nan)
+    return logprobs[: len(trained)][trained]
 
 
 def played_groups(episodes: list[Episode], size: int) -> list[list[int]]:
@@ -755,10 +764,10 @@ def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode], clock: C
     with clock("update"):
         sums = []
         for indices, count in parts:
-            sums.append(train_epoch(trainer, s, sequences, targets, count, indices))
+            sums.append(accumulate_gradient(trainer, s, sequences, targets, count, indices))
             if len(sums) == 1:
                 trainer.commit()
-            sums[-1]["grad_norm"] = follow_gradient(trainer, sums[-1])
+            sums[-1]["grad_norm"] = optimizer_step(trainer, sums[-1])
         if not parts:  # all searches failed, or no episode had room for a turn
             trainer.commit()
         for schedule in trainer.schedules:
@@ -769,12 +778,12 @@ def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode], clock: C
     return update_metrics(trainer, targets, sum(tokens), add_up(sums[:each]), add_up(sums[-each:]))
 
 
-def train_epoch(trainer: Trainer, s: TrainSettings, sequences: list[Sequence], targets: Targets,
-                tokens: float, indices: Iterable[int] | None = None) -> dict[str, Any]:
-    """One pass over a mini-batch of the sequences, by default all, which leaves its gradient.
+def accumulate_gradient(trainer: Trainer, s: TrainSettings, sequences: list[Sequence],
+                        targets: Targets, tokens: float,
+                        indices: Iterable[int] | None = None) -> dict[str, Any]:
+    """The gradient of a mini-batch of the sequences, by default of all: left in the models.
 
-    tokens: how many it trains on all ranks. Returns sums over this rank's."""
-    accelerator = trainer.accelerator
+    tokens: how many it trains on all ranks. Returns sums over this rank's, for the metrics."""
     kl_in_loss = trainer.reference is not None and ALGORITHMS[s.algorithm].kl == "loss"
     # No advantage, no gradient: left out, unless a KL or a critic learns from these tokens too.
     train_all = kl_in_loss or trainer.critic is not None
@@ -787,41 +796,30 @@ def train_epoch(trainer: Trainer, s: TrainSettings, sequences: list[Sequence], t
             trainer.idle_backward(trainer.policy, trainer.critic)
             continue
         part = [trained[i] for i in part]
-        batch = [sequences[i] for i in part]
-        ids, mask = collate(batch, accelerator.device)
-
-        def flat(per_episode: list[Tensor], part: list[int] = part) -> Tensor:
-            return torch.cat([per_episode[i] for i in part])  # (N,): whole episodes, in this order
-
+        batch, here = [sequences[i] for i in part], targets.flat(part)
+        ids, mask = collate(batch, trainer.accelerator.device)
         logprobs, entropies = trainer.policy(ids, mask, temperature=s.temperature)  # (N,), (N,)
-        old = flat(targets.old) if targets.old else logprobs.detach()
-        sampler = flat(targets.sampler)
-        sampler = torch.where(sampler.isnan(), old, sampler)
+        trainer.work.append(Pass(trainer.policy, batch, 6))
+        old = logprobs.detach() if here.old is None else here.old
+        sampler = torch.where(here.sampler.isnan(), old, here.sampler)
         weights = importance_weights(old, sampler, s.importance_cap)
-        advantages = flat(targets.advantages)
-        losses, clipped = policy_loss(logprobs, old, advantages, s.clip_low, s.clip_high, weights)
-        objective = losses
-        if targets.reference is not None:
-            kl = kl_k3(logprobs, flat(targets.reference))  # a metric, and for some also a loss
-            sums["kl"] += kl.detach().sum()
-            objective = losses + s.kl_coef * kl if kl_in_loss else losses
-        trainer.backward_mean(objective, tokens)
+        losses, clipped = policy_loss(logprobs, old, here.advantages, s.clip_low, s.clip_high,
+                                      weights)
+        terms = {"policy": losses, "entropy": entropies, "clipped": clipped,
+                 "gap": (old - sampler).abs(), "scored": torch.ones_like(losses)}
+        if here.reference is not None:  # a metric, and for some algorithms also a loss
+            terms["kl"] = kl_k3(logprobs, here.reference)
+        trainer.backward_mean(losses + s.kl_coef * terms["kl"] if kl_in_loss else losses, tokens)
         if trainer.critic is not None:
             values = trainer.critic(ids, mask)
-            value_losses = value_loss(values, flat(targets.values), flat(targets.returns))
-            trainer.backward_mean(value_losses, tokens)
-            sums["value"] += value_losses.detach().sum()
             trainer.work.append(Pass(trainer.critic, batch, 6))
-        trainer.work.append(Pass(trainer.policy, batch, 6))
-        sums["policy"] += losses.detach().sum()
-        sums["entropy"] += entropies.detach().sum()
-        sums["clipped"] += clipped.sum()
-        sums["gap"] += (old - sampler).abs().sum()
-        sums["scored"] += float(len(logprobs))
+            terms["value"] = value_loss(values, here.values, here.returns)
+            trainer.backward_mean(terms["value"], tokens)
+        sums |= {name: sums[name] + term.detach().sum() for name, term in terms.items()}
     return sums
 
 
-def follow_gradient(trainer: Trainer, sums: dict[str, Any]) -> float:
+def optimizer_step(trainer: Trainer, sums: dict[str, Any]) -> float:
     """One optimizer step, gradient norms clipped at 1. Returns the policy's norm before that."""
     pairs = [(trainer.policy, trainer.optimizer), (trainer.critic, trainer.critic_optimizer)]
     pairs = [pair for pair in pairs if pair[0] is not None]

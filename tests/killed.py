@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rl as rl
 from plumbing import checkpoints
 
-PHASES = {"collect": rl, "write_turn": rl, "update": rl, "follow_gradient": rl,
+PHASES = {"collect": rl, "write_turn": rl, "update": rl, "optimizer_step": rl,
           "save_checkpoint": checkpoints}
 number, phase, count, share, log = (kind(text) for kind, text in zip(
     (int, str, int, str, Path), sys.argv[1:6]))

@@ -127,7 +127,7 @@ def goes_on_as_told(world: World, out: str, errors: str) -> None:
 
 
 @pytest.mark.parametrize("number,phase,share,steps", [
-    (signal.SIGTERM, "collect", "write_turn", 1), (signal.SIGINT, "follow_gradient", 0, 1)])
+    (signal.SIGTERM, "collect", "write_turn", 1), (signal.SIGINT, "optimizer_step", 0, 1)])
 def test_stopped_it_loses_no_step_and_says_how_to_go_on(world, number, phase, share, steps):
     """A rollout is dropped; a step whose weights are about to change is finished."""
     errors = world.hit(number, phase, 2, share, "--out", phase)

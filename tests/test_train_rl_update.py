@@ -343,7 +343,7 @@ def test_grpo_loss_and_gradient_equal_trls(kl_coef, off_policy, trl_type, tokeni
                          sampler=policy, **given)
     mini_batch = range(4)  # of six episodes
     tokens = sum(len(policy[i]) for i in mini_batch)
-    sums = rl.train_epoch(trainer, s, sequences, targets, tokens, mini_batch)
+    sums = rl.accumulate_gradient(trainer, s, sequences, targets, tokens, mini_batch)
     loss = float(sums["policy"] + kl_coef * sums["kl"]) / tokens
     fast = torch.cat([p.grad.flatten() for p in scorer.parameters()])
     scorer.zero_grad()
