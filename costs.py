@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 from plumbing.cli import Settings, UserError, command, make_app, option, print_table, run_cli
-from plumbing.files import read_jsonl
+from plumbing.formats import is_amount, read_counters, read_hardware
 
 DATA = Path(__file__).resolve().parent / "data"
 PAPER_API = "serpapi"  # savings are measured against the API that the paper pays
@@ -38,11 +38,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 
 # ---------------------------------------------------------------- prices and formats
-
-
-def is_amount(value: object) -> bool:
-    """Whether a price, counter or duration is valid: a finite number that is not negative."""
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 @cache
@@ -161,44 +156,6 @@ def print_table8(title: str, parts: dict, rows: dict, policy: float = 0.0) -> No
 # ---------------------------------------------------------------- a run
 
 
-def read_config(run_dir: Path) -> tuple[str, dict]:
-    """The engine and the hardware {device, name, count} of a run. A supervised stage has no engine:
-    "". Raises UserError."""
-    path = run_dir / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-        settings, hardware = config["settings"], config["hardware"]
-        supervised = "pairs" in settings or "trajectories" in settings
-        engine = settings.get("engine", "") if supervised else settings["engine"]
-        device, name, count = (hardware[key] for key in ("device", "name", "count"))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: needs settings.engine and hardware: {error!r}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not the config of a run: {error}") from None
-    if not (isinstance(engine, str) and isinstance(name, str) and device in ("cpu", "cuda")
-            and type(count) is int and count > 0):
-        raise UserError(f"{path}: needs texts as engine and hardware name, device cpu or cuda, and "
-                        f"a positive count, got engine {engine!r} and hardware {hardware}")
-    return engine, hardware
-
-
-def read_metrics(run_dir: Path) -> tuple[list[dict], list[str]]:
-    """The steps of a run, and notes on a line that was skipped. Raises UserError."""
-    path = run_dir / "metrics.jsonl"
-    steps, lines = read_jsonl(path, whole_lines=True), {}
-    if not steps:
-        raise UserError(f"{path}: no finished step")
-    for line, step in enumerate(steps, start=1):
-        number = str(step.get("step", f"line {line}"))
-        if lines.setdefault(number, line) < line:
-            raise UserError(f"{path}:{line}: step {number} stands in line {lines[number]}, too")
-        for key in COUNTERS:
-            if step.get(key) is not None and not is_amount(step[key]):
-                raise UserError(f"{path}:{line}: {key} must be a number >= 0, got {step[key]!r}")
-    note = f"metrics.jsonl, line {len(steps) + 1}: cut off, as a killed process leaves it; skipped"
-    return steps, [] if path.read_bytes().endswith(b"\n") else [note]
-
-
 def add_up(steps: list[dict], notes: list[str]) -> dict[str, float]:
     """The sum of each counter, NaN if no step reports it. Adds a note on what is missing."""
     values = {key: [step[key] for step in steps if step.get(key) is not None] for key in COUNTERS}
@@ -230,8 +187,8 @@ def run_cost(run_dir: str | Path, prices: dict | None = None) -> dict:
     engine if it is an API. bill: see `compare`. Not in a run's files and so not counted: steps that
     a resumed run set aside, and other machines that it called. Raises UserError."""
     run_dir, prices = Path(run_dir), prices or load_prices()
-    engine, hardware = read_config(run_dir)
-    steps, notes = read_metrics(run_dir)
+    engine, hardware = read_hardware(run_dir)
+    steps, notes = read_counters(run_dir, COUNTERS)
     if not engine:  # it searches nothing, and does nothing but updates
         steps = [dict.fromkeys(COUNTERS, 0) | {key: step.get("time/step")
                                                for key in ("time/update", "time/step")}

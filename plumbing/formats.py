@@ -1,7 +1,10 @@
-"""Files to read: predictions, other frameworks' too; results of evaluations; the paper's rows."""
+"""Files to read: predictions, other frameworks' too; results of evaluations; the paper's rows;
+counters of training runs."""
 
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +205,50 @@ def published_row(model: str | None, row: str | None, method: str) -> tuple[str,
     if row not in rows:
         raise UserError(f"the paper has no row {row}; it has {', '.join(rows)}")
     return row, rows[row]
+
+
+# ---------------------------------------------------------------- training runs
+
+
+def is_amount(value: object) -> bool:
+    """Whether a price, counter or duration is valid: a finite number that is not negative."""
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def read_hardware(run_dir: Path) -> tuple[str, Row]:
+    """The engine and the hardware {device, name, count} of a run. A supervised stage has no engine:
+    "". Raises UserError."""
+    path = run_dir / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        settings, hardware = config["settings"], config["hardware"]
+        supervised = "pairs" in settings or "trajectories" in settings
+        engine = settings.get("engine", "") if supervised else settings["engine"]
+        device, name, count = (hardware[key] for key in ("device", "name", "count"))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: needs settings.engine and hardware: {error!r}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the config of a run: {error}") from None
+    if not (isinstance(engine, str) and isinstance(name, str) and device in ("cpu", "cuda")
+            and type(count) is int and count > 0):
+        raise UserError(f"{path}: needs texts as engine and hardware name, device cpu or cuda, and "
+                        f"a positive count, got engine {engine!r} and hardware {hardware}")
+    return engine, hardware
+
+
+def read_counters(run_dir: Path, counters: Iterable[str]) -> tuple[list[Row], list[str]]:
+    """The steps of a run, whose counters must be amounts, and notes on a line that was skipped.
+    Raises UserError."""
+    path = run_dir / "metrics.jsonl"
+    steps, lines = read_jsonl(path, whole_lines=True), {}
+    if not steps:
+        raise UserError(f"{path}: no finished step")
+    for line, step in enumerate(steps, start=1):
+        number = str(step.get("step", f"line {line}"))
+        if lines.setdefault(number, line) < line:
+            raise UserError(f"{path}:{line}: step {number} stands in line {lines[number]}, too")
+        for key in counters:
+            if step.get(key) is not None and not is_amount(step[key]):
+                raise UserError(f"{path}:{line}: {key} must be a number >= 0, got {step[key]!r}")
+    note = f"metrics.jsonl, line {len(steps) + 1}: cut off, as a killed process leaves it; skipped"
+    return steps, [] if path.read_bytes().endswith(b"\n") else [note]
