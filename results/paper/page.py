@@ -1,0 +1,200 @@
+"""The page of the miniature: a row a claim, a row an arm, the curves.
+
+    python results/paper/page.py    # writes README.md and curves.png beside it, in seconds
+
+All comes from files in the results folder: metrics.jsonl, eval.jsonl and predictions of each arm.
+"""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# first: here `evaluate` is chapter 3, not the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import costs
+import evaluate
+from arms import HERE, Cell, Out, list_cells, read_arms
+from plumbing.cli import console, make_app, markdown_table, run_cli
+from plumbing.files import read_jsonl
+from plumbing.intervals import paired_interval
+from plumbing.report import draw_arms, with_interval
+from plumbing.text import ROOT
+
+app = make_app(__doc__)
+PAPER = json.loads((ROOT / "data/paper.json").read_text(encoding="utf-8"))
+LABELS = {"table3_main": "Table 3", "table4_simulators": "Table 4", "table5_algorithms": "Table 5",
+          "table6_curriculum": "Table 6", "table7_loss_masking": "Table 7"}
+
+
+@app.command()
+def main(out: Out = HERE) -> None:
+    """Write README.md and curves.png from what is kept."""
+    _, table = read_arms()
+    by_arm: dict[str, list[Cell]] = {}
+    for cell in (everything := list_cells([], [], out)):
+        by_arm.setdefault(cell.arm.name, []).append(cell)
+    draw_curves(by_arm, out / "curves.png")
+    parts = [
+        "# The paper in miniature",
+        "Made by `python results/paper/page.py` from the files beside it, which `run.py` kept. "
+        "Arms, claims and rules stand in [arms.toml](arms.toml) and were fixed before any arm "
+        "ran. " + machines(everything),
+        "## Claims", claims_table(table, by_arm),
+        f"Differences are points of exact match on the same {table['questions']} questions of the "
+        "demo's world, with the real engine (BM25), greedy; of several seeds each question's mean. "
+        "The 95 % interval is of the questions: how far seeds differ is seen in the row of seeds. "
+        'Rule "higher": agrees where the interval lies above 0, disagrees where it lies below. '
+        f'Rule "not worse": the same with {-table["margin"]:g} in the place of 0.',
+        "## Arms", arms_table(by_arm),
+        "An arm is the demo's RL run with one change. EM in percent with its 95 % interval: clean, "
+        "and with half of the engine's results replaced by documents of deeper ranks "
+        "([noisy.py](noisy.py)). Reward: the mean of the first and of the last fifth of the steps. "
+        "Search side and whole run: at the prices of data/prices.toml (`costs.py run`).",
+        "![Training reward and held-out reward of every arm](curves.png)",
+        "## What can't be tested at this size",
+        "- Model sizes: the policy and the simulator are SmolLM2-135M.\n"
+        "- Google: the real engine is BM25 over 3,129 passages, and misses little of what is "
+        "asked for.\n- Seven benchmarks: all questions are of the demo's world.",
+    ]
+    (out / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    console.print(f"written: {out / 'README.md'}")
+
+
+def machines(cells: list[Cell]) -> str:
+    """Of which commits and machines the kept runs are."""
+    configs = [json.loads(path.read_text(encoding="utf-8")) for cell in cells
+               if (path := cell.kept("config.json")).exists()]
+    commits = sorted({str(config.get("commit"))[:7] for config in configs})
+    rates = [row["rate/update_tflops"] / row["rate/mfu"] for cell in cells
+             if (path := cell.kept("metrics.jsonl")).exists() for row in read_jsonl(path)[:1]]
+    if not rates:
+        return "No arm has been trained yet."
+    return (f"Trained at {', '.join(commits)}, on machines whose large matrix product runs at "
+            f"{min(rates):.2f} to {max(rates):.2f} TFLOP/s.")
+
+
+# ---------------------------------------------------------------- claims
+
+
+def scores_of(cells: list[Cell], test: str) -> dict[int, dict[str, float]]:
+    """EM of each question in percent, by seed, of the cells that have been tested."""
+    found = {}
+    for cell in cells:
+        path = cell.kept(f"{test}.jsonl")
+        if path.exists():
+            rows = [row for row in read_jsonl(path) if row["end"] != "failed"]
+            found[cell.seed] = {name: scores["em"]
+                                for name, scores in evaluate.question_scores(rows).items()}
+    return found
+
+
+def difference(better: list[Cell], than: list[Cell], test: str) -> dict[str, Any] | None:
+    """`better` minus `than`, paired by question: over the seeds that both have; an arm that was
+    not trained is the same for every seed. None where an arm has no result."""
+    a, b = scores_of(than, test), scores_of(better, test)
+    if not (a and b):
+        return None
+    if than[0].arm.method:
+        a = dict.fromkeys(b, a[0])
+    seeds = sorted(a.keys() & b.keys())
+    questions = sorted(set.intersection(*(set(of[seed]) for of in (a, b) for seed in seeds)))
+    of_a, of_b = (np.array([[of[seed][q] for q in questions] for seed in seeds]) for of in (a, b))
+    low, high = paired_interval(of_a.mean(0), of_b.mean(0))
+    return {"n": len(questions), "difference": float((of_b - of_a).mean()), "low": low,
+            "high": high, "by_seed": (of_b - of_a).mean(1).tolist()}
+
+
+def verdict(rule: str, low: float, high: float, margin: float) -> str:
+    """What the interval of a difference says of a claim, by the rule fixed beforehand."""
+    bound = {"higher": 0.0, "not worse": -margin}[rule]
+    return "agrees" if low > bound else "disagrees" if high < bound else "can't tell"
+
+
+def published(path: str) -> float:
+    """A figure of data/paper.json by its path."""
+    value: Any = PAPER
+    for key in path.split("/"):
+        value = value[key]
+    return value
+
+
+def claims_table(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
+    rows = []
+    for claim in table["claims"]:
+        theirs = "-"
+        if paths := claim.get("paper"):
+            a, b = map(published, paths)
+            theirs = f"{a} and {b} ({LABELS[paths[0].split('/')[0]]})"
+        test = claim.get("test", "clean")
+        found = difference(by_arm[claim["better"]], by_arm[claim["than"]], test)
+        ours, seeds, judged = "not run yet", "-", "-"
+        if found:
+            ours = (f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f}), "
+                    f"n {found['n']}{', noisy engine' * (test == 'noisy')}")
+            seeds = ", ".join(f"{value:+.1f}" for value in found["by_seed"])
+            judged = f"**{verdict(claim['rule'], found['low'], found['high'], table['margin'])}**"
+        rows.append([claim["says"], theirs, ours, seeds, claim["rule"], judged])
+    header = ["claim", "the paper's EM, %", "here: difference (95 %)", "by seed", "rule", "verdict"]
+    return markdown_table(header, rows, text_columns=6)
+
+
+# ---------------------------------------------------------------- arms
+
+
+def arms_table(by_arm: dict[str, list[Cell]]) -> str:
+    header = ["arm", "what it is", "seeds", "EM clean", "EM noisy", "searches a question",
+              "reward", "searches at SerpApi", "search side", "whole run"]
+    return markdown_table(header, [arm_row(cells) for cells in by_arm.values()], text_columns=2)
+
+
+def arm_row(cells: list[Cell]) -> list[str]:
+    """An arm: means over its seeds, and the bill of all of them."""
+    arm, tested = cells[0].arm, {}
+    for test in ("clean", "noisy"):
+        rows = [row | {"sample": cell.seed} for cell in cells
+                if (path := cell.kept(f"{test}.jsonl")).exists()
+                for row in read_jsonl(path) if row["end"] != "failed"]
+        if rows:
+            questions = evaluate.question_scores(rows, evaluate.COUNTS)
+            tested[test] = evaluate.summarize(questions.values())
+    em = [with_interval(tested[test]["em"]) if test in tested else "-"
+          for test in ("clean", "noisy")]
+    searches = f"{tested['clean']['searches']['mean']:.2f}" if "clean" in tested else "-"
+    runs = [cell.kept("metrics.jsonl").parent for cell in cells
+            if cell.kept("metrics.jsonl").exists()]
+    reward, bill = "-", ["-", "-", "-"]
+    if runs:
+        rewards = [[row["reward/mean"] for row in read_jsonl(run / "metrics.jsonl")]
+                   for run in runs]
+        ends = [(statistics.fmean(r[:fifth]), statistics.fmean(r[-fifth:]))
+                for r in rewards for fifth in [max(1, len(r) // 5)]]
+        reward = " to ".join(f"{statistics.fmean(values):.2f}" for values in zip(*ends))
+        bills = [costs.run_cost(run) for run in runs]
+        bill = [costs.dollars(math.fsum(values)) for values in zip(*(
+            (cost["api_usd"][costs.PAPER_API], cost["bill"]["search_side"],
+             cost["bill"]["whole_run"]) for cost in bills))]
+    seeds = str(len(cells)) if not arm.method else "-"
+    return [arm.name, arm.title, seeds, *em, searches, reward, *bill]
+
+
+def draw_curves(by_arm: dict[str, list[Cell]], path: Path) -> None:
+    """Training reward of each seed, and the held-out curve, a small panel an arm."""
+    curves = {}
+    for name, cells in by_arm.items():
+        runs = [cell.kept("metrics.jsonl").parent for cell in cells
+                if cell.kept("metrics.jsonl").exists()]
+        if runs:
+            curves[name] = [{kind: read_jsonl(run / f"{kind}.jsonl")
+                             if (run / f"{kind}.jsonl").exists() else []
+                             for kind in ("metrics", "eval")} for run in runs]
+    if curves:
+        draw_arms(curves, path)
+
+
+if __name__ == "__main__":
+    run_cli(app)

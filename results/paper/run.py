@@ -1,0 +1,184 @@
+"""The paper in miniature: train and test every arm of arms.toml; page.py makes the page of it.
+
+\b
+    python results/paper/run.py                     # what is missing; hours
+    python results/paper/run.py r1 --seeds 0        # one arm
+    python results/paper/run.py r1 --out runs/mine  # again, for yourself
+    python results/paper/page.py                    # README.md beside this file, in seconds
+
+`make demo` comes first: all arms start from its simulator and its warm start, with the settings of
+its RL run. This script calls the chapters' own commands in runs/paper/ARM-SEED and copies what the
+page needs into OUT/ARM-SEED, each file when its stage is done; so a killed driver goes on, and
+several drivers share the arms: each takes one that nobody else holds.
+"""
+
+import dataclasses
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+# first: here `evaluate` is chapter 3, not the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_rl as rl
+from plumbing.cli import UserError, console, make_app, option_name, run_cli
+from plumbing.files import read_jsonl, write_json, write_jsonl
+from plumbing.rates import peak_flops
+from plumbing.runfolder import Lock, read_config
+from plumbing.text import ROOT
+from arms import HERE, Arm, Cell, Out, list_cells, read_arms
+
+DEMO, RUNS = ROOT / "runs/demo", ROOT / "runs/paper"
+TESTS = {"clean": ["evaluate.py", "run"], "noisy": [str(HERE / "noisy.py"), "run"]}
+KEPT = ("id", "question", "golden_answers", "answer", "hops", "end", "searches", "tokens",
+        "seconds")
+
+app = make_app(__doc__)
+
+
+# ---------------------------------------------------------------- commands of one arm
+
+
+def demo_settings() -> dict[str, Any]:
+    """The settings of the demo's RL run. Raises UserError if there is none."""
+    if not (DEMO / "policy/model").is_dir():
+        raise UserError(f"{DEMO}/policy holds no trained policy: make demo comes first")
+    return read_config(DEMO / "policy")["settings"]
+
+
+def train_command(arm: Arm, seed: int, out: Path, demo: dict[str, Any]) -> list[str]:
+    """The demo's settings with the arm's changes, less those that then have no effect."""
+    values = demo | (arm.train or {}) | {"seed": seed, "out": str(out), "save_every": 2}
+    values |= {"resume": False, "overwrite": False, "keep_best": False}
+    typed = {f.name: values[f.name] for f in dataclasses.fields(rl.TrainSettings)
+             if f.name in values}
+    for name in rl.TrainSettings(**typed).unused():
+        typed.pop(name, None)
+    return ["train_rl.py", "train", *as_options(typed), *["--resume"] * begun(out)]
+
+
+def as_options(values: dict[str, Any]) -> list[str]:
+    """Settings of `train` as its command line: those that differ from the defaults."""
+    options = []
+    for field in dataclasses.fields(rl.TrainSettings):
+        value, name = values.get(field.name, field.default), option_name(field)
+        if value == field.default or value is None:
+            continue
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            options += [f"--{name}", str(value)]
+    return options
+
+
+def test_command(arm: Arm, test: str, model: str, out: Path, demo: dict[str, Any]) -> list[str]:
+    """The arm's model on the test questions, with the demo's limits, greedy."""
+    engine = {"clean": "bm25", "noisy": "bm25-noisy"}[test] if arm.searches else "none"
+    limits = [part for name in ("top_k", "max_searches", "tokens_per_turn", "context_tokens",
+                                "observation_tokens", "generator")
+              for part in (f"--{name.replace('_', '-')}", str(demo[name]))]
+    questions = read_arms()[1]["questions"]
+    return [*TESTS[test], "--method", arm.method or "agent", "--model", model, "--benchmark",
+            "world", "--engine", engine, "--limit", str(questions), *limits, "--out", str(out),
+            *["--resume"] * begun(out)]
+
+
+def begun(out: Path) -> bool:
+    return (out / "config.json").exists()
+
+
+def call(command: list[str]) -> None:
+    """Run a chapter's command. Raises UserError if it fails; a signal's exit code goes on."""
+    print(" ".join(["python", *command]), flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    if code in (130, 143):
+        raise typer.Exit(code)
+    if code:
+        raise UserError(f"{command[0]} failed, see above")
+
+
+# ---------------------------------------------------------------- run
+
+
+def play(cell: Cell) -> None:
+    """Do what is missing of an arm, and keep its results."""
+    demo, folder = demo_settings(), RUNS / cell.name
+    model = cell.arm.model if cell.arm.method else str(folder / "policy/model")
+    for stage in cell.missing():
+        if stage == "train":
+            call(train_command(cell.arm, cell.seed, folder / "policy", demo))
+            keep_training(folder / "policy", cell.out / cell.name)
+        else:
+            call(test_command(cell.arm, stage, model, folder / stage, demo))
+            keep_test(folder / stage, cell.kept(f"{stage}.jsonl"))
+    shutil.rmtree(folder, ignore_errors=True)  # gigabytes: weights and checkpoints
+
+
+def keep_training(run: Path, to: Path) -> None:
+    """Copy a training run's files, the metrics last: their being there says that it is done."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "eval.jsonl", "metrics.jsonl"):
+        if (run / name).exists():
+            shutil.copy(run / name, to / f"{name}.part")
+            os.replace(to / f"{name}.part", to / name)
+
+
+def keep_test(run: Path, to: Path) -> None:
+    """Keep predictions without their token ids and documents, and how they were made."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_json(to.with_suffix(".config.json"), read_config(run))
+    rows = read_jsonl(run / "predictions.jsonl")
+    write_jsonl(to, [{key: row[key] for key in KEPT} for row in rows])
+
+
+def estimate(left: list[Cell], out: Path, steps: int) -> str:
+    """A sentence on how long the training of these cells takes on this machine, from the demo's
+    metrics or those that are kept: their seconds, by the machines' rates of a matrix product."""
+    rate = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    work: dict[str, float] = {}  # FLOPs of a step at a rate of 100 %
+    for path in [DEMO / "policy/metrics.jsonl", *sorted(out.glob("*/metrics.jsonl"))]:
+        rows = read_jsonl(path) if path.exists() else []
+        measured = [row["time/step"] * row["rate/update_tflops"] * 1e12 / row["rate/mfu"]
+                    for row in rows if row.get("rate/mfu")]
+        if measured:
+            work[path.parent.name.rpartition("-")[0]] = statistics.median(measured)
+    trained = [cell for cell in left if "train" in cell.missing()]
+    other = max(work.values(), default=0.0)
+    seconds = sum(steps * work.get(cell.arm.name, other) / rate for cell in trained)
+    tests = sum(len(set(cell.missing()) - {"train"}) for cell in left)
+    return (f"{len(left)} arms and seeds: {steps * len(trained)} optimisation steps, some "
+            f"{seconds / 3600:.1f} hours at this machine's {rate / 1e12:.2f} TFLOP/s, and {tests} "
+            "tests of some minutes each")
+
+
+@app.command()
+def run(
+    arms: Annotated[list[str] | None, typer.Argument(help="Names of arms.toml; all.")] = None,
+    seeds: Annotated[list[int], typer.Option(help="Of trained arms; as in arms.toml.")] = (),
+    out: Out = HERE,
+) -> None:
+    """Train and test what is missing. Says first how long it takes."""
+    left = [cell for cell in list_cells(arms or [], list(seeds), out) if cell.missing()]
+    if not left:
+        return console.print("nothing is missing")
+    console.print(estimate(left, out, demo_settings()["steps"]), soft_wrap=True)
+    for cell in left:
+        try:
+            lock = Lock(RUNS / f"{cell.name}.lock")
+        except UserError as error:  # another driver is at it
+            console.print(f"{cell.name}: {error}", style="yellow", markup=False, soft_wrap=True)
+            continue
+        try:
+            play(cell)
+        finally:
+            lock.release()
+
+
+if __name__ == "__main__":
+    run_cli(app)

@@ -1,0 +1,190 @@
+"""results/paper: every arm is a valid run, a killed driver goes on, the page is of the files."""
+
+import importlib
+import sys
+
+import pytest
+from helpers import BUDGET, ROOT, command, question, read_lines
+
+import evaluate
+import train_rl as rl
+from plumbing.cli import UserError
+from plumbing.engines import ENGINES, SearchRequest, SearchResult
+from plumbing.files import write_json, write_jsonl
+from plumbing.runfolder import Lock
+
+FOLDER = ROOT / "results/paper"
+ARMS = """
+questions = 2
+margin = 5.0
+[arms.zero]
+title = "a"
+seeds = [0, 1]
+[arms.real]
+title = "b"
+train = { engine = "bm25", algorithm = "ppo" }
+[arms.direct]
+title = "c"
+method = "direct"
+[[claims]]
+says = "zero is better"
+better = "zero"
+than = "direct"
+rule = "higher"
+paper = ["table5_algorithms/avg/REINFORCE", "table5_algorithms/avg/GRPO"]
+[[claims]]
+says = "zero is not worse"
+better = "zero"
+than = "real"
+rule = "not worse"
+"""
+
+
+@pytest.fixture
+def paper(monkeypatch, tmp_path):
+    """The scripts with a table of arms, and a demo, of their own; commands run in this process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    scripts = {name: importlib.import_module(name) for name in ("arms", "run", "page", "noisy")}
+    calls = []
+
+    def call(arguments):
+        calls.append(arguments)
+        command({"train_rl.py": rl}.get(arguments[0], evaluate), *arguments[1:])
+
+    (tmp_path / "arms.toml").write_text(ARMS, encoding="utf-8")
+    monkeypatch.setattr(scripts["arms"], "ARMS", tmp_path / "arms.toml")
+    monkeypatch.setattr(scripts["run"], "DEMO", tmp_path / "demo")
+    monkeypatch.setattr(scripts["run"], "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(scripts["run"], "call", call)
+    scripts["run"].calls = calls
+    yield scripts
+    ENGINES.pop("bm25-noisy", None)
+    for name in set(scripts) & set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def demo(tiny, tmp_path):
+    """A demo's RL run: two steps of tiny models."""
+    rows = [question(i, question="capital of Peru?") for i in range(2)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    command(rl, "train", "--data", tmp_path / "train.jsonl", "--model", tiny, "--simulator", tiny,
+            "--generator", "hf", "--out", tmp_path / "demo/policy", *BUDGET)
+
+
+def test_arms_and_claims_are_valid(paper, monkeypatch):
+    """The real table: every arm is a run that starts, every claim names arms and figures."""
+    monkeypatch.setattr(paper["arms"], "ARMS", FOLDER / "arms.toml")
+    arms, table = paper["arms"].read_arms()
+    settings = rl.TrainSettings(data=ROOT / "data/world/train.jsonl", out=ROOT / "runs/demo/policy",
+                                simulator="smollm2").record()
+    for arm in arms.values():
+        if not arm.method:
+            script, name, *options = paper["run"].train_command(arm, 3, ROOT / "x", settings)
+            command(rl, name, *options, "--show-config")
+            assert options[options.index("--seed") + 1] == "3"
+        else:
+            assert arm.method in evaluate.METHODS
+    demo = (ROOT / "results/demo/run.sh").read_text(encoding="utf-8")
+    assert f"--p-end {arms['falling'].train['p_start']}" in demo  # the rising noise, backwards
+    for claim in table["claims"]:
+        assert {claim["better"], claim["than"]} <= set(arms)
+        assert paper["page"].verdict(claim["rule"], 1, 2, 5.0) == "agrees"
+        assert all(paper["page"].published(path) > 0 for path in claim.get("paper", ()))
+
+
+def test_a_stopped_driver_goes_on_where_it_was(paper, demo, tmp_path, monkeypatch):
+    run, out = paper["run"], tmp_path / "out"
+    keep_test = run.keep_test
+
+    def stop(*_):
+        raise UserError("killed")
+
+    monkeypatch.setattr(run, "keep_test", stop)
+    with pytest.raises(UserError):
+        command(run, "real", "--out", out)
+    monkeypatch.setattr(run, "keep_test", keep_test)
+    command(run, "real", "--out", out)
+    done = [[arguments[0].rpartition("/")[2], "--resume" in arguments] for arguments in run.calls]
+    assert done == [["train_rl.py", False], ["evaluate.py", False], ["evaluate.py", True],
+                    ["noisy.py", False]]
+    assert not (tmp_path / "runs/real-0").exists()
+    kept = out / "real-0"
+    assert len(read_lines(kept / "metrics.jsonl")) == 2
+    for test in ("clean", "noisy"):
+        rows = read_lines(kept / f"{test}.jsonl")
+        assert len(rows) == 2 and "ids" not in rows[0]
+    command(run, "real", "--out", out)
+    assert len(run.calls) == 4  # nothing is missing
+
+
+def test_two_drivers_never_play_the_same_arm(paper, demo, tmp_path, capsys):
+    held = Lock(tmp_path / "runs/zero-0.lock")
+    command(paper["run"], "zero", "--out", tmp_path / "out")
+    held.release()
+    assert "zero-0: " in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"zero-1"}
+
+
+def keep(out, cell, right, test="clean", questions=10):
+    rows = [question(i, answer="Lima" if i in right else "Rome", hops=1, end="answered", searches=1,
+                     tokens=5, seconds=0.1) for i in range(questions)]
+    write_jsonl(out / cell / f"{test}.jsonl", rows)
+
+
+def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
+    out = tmp_path / "out"
+    keep(out, "zero-0", range(10))
+    keep(out, "zero-1", range(8))
+    keep(out, "direct-0", range(1))
+    for cell, rewards in (("zero-0", (0.2, 0.8)), ("zero-1", (0.4, 1.0))):
+        write_json(out / cell / "config.json", {
+            "settings": {"engine": "simulator"}, "commit": "abcdef123",
+            "hardware": {"device": "cpu", "name": "x", "count": 2}})
+        write_jsonl(out / cell / "metrics.jsonl", [
+            {"step": i, "reward/mean": reward, "cost/searches": 30, "time/step": 10.0,
+             "rate/update_tflops": 0.2, "rate/mfu": 0.5} for i, reward in enumerate(rewards)])
+    pages = []
+    for _ in range(2):
+        command(paper["page"], "--out", out)
+        pages.append([(out / name).read_bytes() for name in ("README.md", "curves.png")])
+        for name in ("README.md", "curves.png"):
+            (out / name).unlink()
+    assert pages[0] == pages[1]
+    lines = pages[0][0].decode().splitlines()
+    (better,) = [line for line in lines if "zero is better" in line]
+    assert "34.47 and 33.17 (Table 5)" in better and "+80.0 (" in better and ", n 10 " in better
+    assert "| +90.0, +70.0 | higher | **agrees** |" in better
+    (other,) = [line for line in lines if "zero is not worse" in line]
+    assert "| not run yet | - | not worse | - |" in other
+    (arm,) = [line for line in lines if line.startswith("| zero |")]
+    # of two seeds: EM, the rewards of the first and the last step, 60 searches each at $275/30,000
+    assert "| 2 | 90.0 (" in arm and "| 0.30 to 0.90 | $1.10 |" in arm
+    assert any("abcdef1" in line and "0.40 to 0.40 TFLOP/s" in line for line in lines)
+
+
+@pytest.mark.parametrize(("rule", "interval", "said"), [
+    ("higher", (0.1, 3), "agrees"), ("higher", (-3, -0.1), "disagrees"),
+    ("higher", (-1, 3), "can't tell"), ("not worse", (-4.9, -1), "agrees"),
+    ("not worse", (-9, -5.1), "disagrees"), ("not worse", (-9, 3), "can't tell")])
+def test_verdicts(paper, rule, interval, said):
+    assert paper["page"].verdict(rule, *interval, 5.0) == said
+
+
+def test_half_of_a_noisy_engines_results_are_of_deeper_ranks(paper):
+    class Ranked:
+        def search(self, requests):
+            return [SearchResult([f"rank {i}" for i in range(13)]) for _ in requests]
+
+    requests = [SearchRequest("q", seed=seed) for seed in range(200)]
+    results = [paper["noisy"].NoisyEngine(Ranked(), 3).search(requests) for _ in range(2)]
+    assert results[0] == results[1]  # a function of the request
+    ranks = [[int(text.split()[1]) for text in result.documents] for result in results[0]]
+    assert all(rank % 10 == place for found in ranks for place, rank in enumerate(found))
+    assert 250 < sum(rank >= 10 for found in ranks for rank in found) < 350  # of 600
+
+
+def test_without_a_demo_one_line_says_what_comes_first(paper):
+    with pytest.raises(UserError, match="make demo comes first"):
+        command(paper["run"], "zero")
