@@ -48,6 +48,7 @@ from plumbing.generate import Sampling
 from plumbing.models import load_model, load_tokenizer, make_accelerator, named_weights
 from plumbing.devices import compute_dtype
 from plumbing.rates import PhaseClock, peak_flops, useful_products
+from plumbing.runfolder import describe_run
 from plumbing.served import load_generator
 from plumbing.text import ROOT
 
@@ -303,17 +304,19 @@ def introduction(pairs: int, rate: float) -> str:
     arithmetic = str(compute_dtype()).removeprefix("torch.")
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
+    commit = describe_run()["commit"][:7]
     return (
-        f"# Optimisation steps beside TRL's GRPOTrainer\n\nMade by `python results/bench_trl.py "
-        f"compare` (its docstring says how). Model {MODEL}, {PROMPTS * ROLLOUTS} rollouts of "
-        f"{PROMPTS} prompts, {arithmetic} arithmetic over float32 weights, no KL, no gradient "
-        f"checkpointing; medians of {pairs} pair{'s' * (pairs > 1)}, the sides in turn, each in "
-        f"its own process after one step of warm-up. Micro-batches: ours {BATCH_TOKENS} tokens, "
-        f"TRL's {TRL_BATCH} sequences.\n\n{versions}; Python {platform.python_version()}, "
-        f"{device}, {os.cpu_count()} cores. A large {arithmetic} matrix product runs at "
-        f"{rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body parameters x tokens + 6 "
-        f"x head parameters x trained positions; a beginning that episodes of a micro-batch share "
-        f"is computed once by this kit, and then counted once, but in each episode as tokens/s.")
+        "# Optimisation steps beside TRL's GRPOTrainer\n\nMade by `python results/bench_trl.py "
+        f"compare` at commit {commit} (its docstring says how). Model {MODEL}, "
+        f"{PROMPTS * ROLLOUTS} rollouts of {PROMPTS} prompts, {arithmetic} arithmetic over float32 "
+        f"weights, no KL, no gradient checkpointing; medians of {pairs} pair{'s' * (pairs > 1)}, "
+        "the sides in turn, each in its own process after one step of warm-up. Micro-batches: ours "
+        f"{BATCH_TOKENS} tokens, TRL's {TRL_BATCH} sequences.\n\n{versions}; Python "
+        f"{platform.python_version()}, {device}, {os.cpu_count()} cores. A large {arithmetic} "
+        f"matrix product runs at {rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body "
+        "parameters x tokens + 6 x head parameters x trained positions; a beginning that episodes "
+        "of a micro-batch share is computed once by this kit, and then counted once, but in each "
+        "episode as tokens/s.")
 
 
 NAMES = {"ours": "this kit", "vllm": "this kit, vLLM", "trl": "TRL"}

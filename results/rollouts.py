@@ -27,6 +27,7 @@ from plumbing.cli import make_app, run_cli
 from plumbing.engines import SearchResult
 from plumbing.files import draw_seed, read_questions
 from plumbing.generate import Generation, Sampling
+from plumbing.runfolder import describe_run
 from plumbing.served import VLLMGenerator
 from plumbing.text import ROOT, encode, load_prompts
 
@@ -178,9 +179,11 @@ def main(
     text = "\n".join([*header, *rows, "", instant_sentence(vllm, url, repeats)])
     print(text)
     if out:
+        commit = describe_run()["commit"][:7]
         head = (f"# Rollouts: {EPISODES} episodes of {TURNS + 1} turns, 16-40 sampled tokens a "
                 f"turn, temperature 1\n\n`python results/rollouts.py MODEL --out {out.name}`, "
-                f"medians of {repeats} pairs run in turn. Documents: three of 17 words.\n\n")
+                f"medians of {repeats} pairs run in turn, at commit {commit}. "
+                "Documents: three of 17 words.\n\n")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(head + text + "\n")
 
