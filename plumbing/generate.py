@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import plumbing.attention  # noqa: F401 (registers "decoding")
 from plumbing.cli import UserError, first_line
-from plumbing.scorer import CANT_RUN, PROBE, find_attention
+from plumbing.scorer import CANT_RUN, PROBE, alone, find_attention
 
 States = list[tuple[Tensor, Tensor]]  # keys and values of a row by layer: (H_kv, S, D) each
 
@@ -243,29 +243,26 @@ def check_decoding(model) -> None:
     """Set the attention with which DecodingBatch gives what a plain pass over each row gives: ours,
     or else the architecture's own. Raises UserError if neither does, as of a model with states
     other than keys and values."""
-    ids = torch.tensor(PROBE, device=model.device)
-
     def plain() -> Tensor:
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-                     ).logits[:, -1]
+        short, long = alone(model, model, "logits")
+        return torch.stack([long[-1], short[2]])
 
     try:
         find_attention(model, "decoding", ("decoding", "eager"), plain,
-                       lambda way: two_turns(model, PROBE))
+                       lambda way: decoded(model, *PROBE))
     except CANT_RUN as error:
         raise UserError(f"{type(model).__name__} can't be sampled with --generator hf: "
-                        f"{first_line(error)}; vllm may do") from None
+                        f"{first_line(error)}; use vLLM (--generator vllm, or its server)"
+                        ) from None
 
 
-def two_turns(model, rows: list[list[int]]) -> Tensor:
-    """The logits after two rows, computed in two turns of ragged prompts, and a last token."""
-    first = DecodingBatch(model, [rows[0][:2], rows[1][:5]], {})
-    first.prefill()
-    for place in (0, 1):
-        first.set_aside(place)
-    second = DecodingBatch(model, [row[:-1] for row in rows], first.finished)
-    second.prefill()
-    return second.forward([row[-1:] for row in rows])
+def decoded(model, short: list[int], long: list[int]) -> Tensor:
+    """Logits after a long row and after 3 tokens of a short one, in the steps of a generation: the
+    shared beginning, the rest of ragged prompts, one more token after the padded one."""
+    batch = DecodingBatch(model, [short[:2], long], {})
+    after_long = batch.prefill()[1]
+    batch.select([0])
+    return torch.stack([after_long, batch.forward([short[2:3]])[0]])
 
 
 def longest_prefix(prompt: list[int], kept: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

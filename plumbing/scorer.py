@@ -4,7 +4,7 @@ Transformers' forward pass with labels computes logits (B, T, V), padding and sh
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +119,7 @@ class Critic(nn.Module):
 
 
 PROBE = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 13, 14, 15, 16, 17]]  # share a beginning of 3
+LENGTHS = ("sliding_window", "attention_chunk_size", "floor_scale")  # past which attention changes
 CANT_RUN = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -134,10 +135,7 @@ def find_way(model, whole, output: str,
                         model.device)
 
     def plain() -> Tensor:
-        long, short = getattr(whole(input_ids=torch.tensor(PROBE, device=model.device),
-                                    use_cache=False), output)  # of equal length: no padding
-        if not agree(long[:3], short[:3]):
-            raise ValueError("a token sees those after it")
+        long, short = alone(model, whole, output)
         return torch.cat([long[:-1], short[:4]])  # (N, V) or (N, D)
 
     def batched(way: str) -> Tensor:
@@ -162,23 +160,62 @@ FOUND: dict[str, tuple[str, int]] = {}  # by architecture and sizes: a reference
 def find_attention(model, what: str, ways: tuple[str, ...], plain: Callable[[], Tensor],
                    batched: Callable[[str], Tensor]) -> tuple[str, int]:
     """Set the first attention with which `batched` is `plain`, which the architecture's own
-    computes. Returns its name and the last dimension. Raises one of CANT_RUN if there is none."""
+    computes. Returns its name and the last dimension. Raises one of CANT_RUN if there is none.
+
+    Not seen: rotary embeddings that change with the longest row of a batch ("dynamic", "longrope")
+    past their original length, in Transformers' own generate, too."""
     key = f"{what} {type(model).__name__} {getattr(model, 'config', model)!r}"
     if key in FOUND:
         model.set_attn_implementation(FOUND[key][0])
         return FOUND[key]
     model.set_attn_implementation("eager")
-    expected = plain()
-    for way in ways:
-        with contextlib.suppress(*CANT_RUN):
-            model.set_attn_implementation(way)
-            if agree(batched(way), expected):
-                if way != ways[0]:
-                    console.print(f"{type(model).__name__}: {ways[0]} attention would be wrong; "
-                                  f"{way} is right, and slower", style="yellow")
-                FOUND[key] = way, expected.shape[-1]
-                return FOUND[key]
-    raise ValueError("a batch of rows doesn't give what each row gives alone")
+    with shortened(model):
+        expected = plain()
+        for way in ways:
+            with contextlib.suppress(*CANT_RUN):
+                model.set_attn_implementation(way)
+                if agree(batched(way), expected):
+                    break
+        else:
+            raise ValueError("a batch of rows doesn't give what each row gives alone")
+    if way != ways[0]:
+        console.print(f"{type(model).__name__}: {ways[0]} attention would be wrong; {way} is "
+                      "right, and slower", style="yellow")
+    FOUND[key] = way, expected.shape[-1]
+    return FOUND[key]
+
+
+@contextlib.contextmanager
+def shortened(model) -> Iterator[None]:
+    """Windows and chunks of attention are 2 tokens here: rows of PROBE go past them."""
+    owners = [*model.modules(), *(module.config for module in model.modules()
+                                  if hasattr(module, "config"))]
+    lengths = [(vars(owner), name, vars(owner)[name]) for owner in owners for name in LENGTHS
+               if isinstance(vars(owner).get(name), int)]
+    for attributes, name, _ in lengths:
+        attributes[name] = 2
+    try:
+        yield
+    finally:
+        for attributes, name, length in lengths:
+            attributes[name] = length
+
+
+ALONE: dict[str, Tensor] = {}  # of the last model: the policy has the weights of its sampler
+
+
+def alone(model, whole, output: str) -> Tensor:
+    """Output of a plain pass over PROBE (2, 8, V or D): rows of equal length, without padding."""
+    weights = sum(float(p.detach().flatten()[0]) for p in whole.parameters())
+    key = f"{output} {model.dtype} {model.device} {weights!r} {getattr(model, 'config', model)!r}"
+    if key not in ALONE:
+        ids = torch.tensor(PROBE, device=model.device)
+        ALONE.clear()
+        ALONE[key] = getattr(whole(input_ids=ids, use_cache=False), output)
+    long, short = ALONE[key]
+    if not agree(long[:3], short[:3]):
+        raise ValueError("a token sees those after it")
+    return ALONE[key]
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:

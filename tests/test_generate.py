@@ -17,19 +17,22 @@ def generator(tokenizer):
     return HFGenerator(make_model(len(tokenizer)).eval(), tokenizer, batch_size=3)
 
 
-class Scripted:
+class Scripted(torch.nn.Module):
     """In a model's place: the next token's logits are a function of the number of tokens so far."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, logits):
+        super().__init__()
         self.logits = logits
 
     def set_attn_implementation(self, name): ...
 
-    def __call__(self, attention_mask, **inputs):
-        rows = [self.logits(length) for length in attention_mask.sum(1).tolist()]
-        return SimpleNamespace(logits=torch.stack(rows)[:, None])
+    def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **inputs):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        lengths = mask.cumsum(1)[:, -(logits_to_keep or input_ids.shape[1]) :].tolist()
+        return SimpleNamespace(logits=torch.stack([torch.stack([self.logits(n) for n in row])
+                                                   for row in lengths]))
 
 
 def test_greedy_equals_transformers_generate(generator, tokenizer):

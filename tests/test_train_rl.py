@@ -55,7 +55,7 @@ from accelerate import Accelerator
 from helpers import (BUDGET, HOSTILE, LIMITS, PROMPTS, TWO_PROCESSES, FakeEngine, FakeGenerator,
                      command, make_model, one_line, play, plug_engine, plug_generators, question,
                      read_lines, read_metrics)
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 import train_rl as rl
 from plumbing import models, served
@@ -916,6 +916,28 @@ def test_bad_settings_are_one_line_and_code_2(capsys, monkeypatch, data, tmp_pat
     arguments = options(data, "no/such-model", tmp_path / "run", *extra)
     assert words in one_line(capsys, monkeypatch, rl, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_model_that_can_not_be_sampled_here_leaves_no_trace(capsys, monkeypatch, data, tokenizer,
+                                                             tmp_path, overwrite):
+    """A hybrid with the hf sampler: one line says what to use, before an old run is put aside."""
+    config = Lfm2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                        layer_types=["conv", "full_attention"])
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "hybrid")
+    tokenizer.save_pretrained(tmp_path / "hybrid")
+    out = tmp_path / "run"
+    if overwrite:
+        out.mkdir()
+        (out / "config.json").write_text('{"settings": {}}')
+    capsys.readouterr()
+    arguments = options(data, tmp_path / "hybrid", out, "--engine", "none", *overwrite)
+    line = one_line(capsys, monkeypatch, rl, *arguments)
+    assert "Lfm2ForCausalLM can't be sampled with --generator hf" in line
+    assert "use vLLM (--generator vllm, or its server)" in line
+    assert [p.name for p in out.glob("*")] == ["config.json"] * len(overwrite)
+    assert not overwrite or (out / "config.json").read_text() == '{"settings": {}}'
 
 
 def test_empty_gold_and_existing_run_are_refused(capsys, monkeypatch, jsonl, data, tiny, tmp_path):
