@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from plumbing.cli import Settings, UserError, console, first_line, leave
 from plumbing.files import read_jsonl
 from plumbing.models import save_model
-from plumbing.runfolder import begun, set_aside
+from plumbing.runfolder import StopRun, begun, set_aside
 from plumbing.signals import Signals, resume_command
 from plumbing.text import clean
 
@@ -99,7 +99,8 @@ class Checkpoints:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Context of the training loop. On a signal: checkpoint of the steps done, then exit."""
+        """Context of the training loop. On a signal: checkpoint of the steps done, then exit. On
+        StopRun: the same, and the error says so."""
         self.signals = Signals()
         try:
             yield
@@ -109,6 +110,12 @@ class Checkpoints:
                 self.say_stopped()
             self._finish(128 + self.signals.number)
             raise typer.Exit(128 + self.signals.number) from None
+        except StopRun as error:
+            self.signals.allow(False)
+            save_checkpoint(self.accelerator, self.out, self.done)
+            self.accelerator.wait_for_everyone()  # a rank that ends may take the others with it
+            saved = f"; {self.done} steps are saved: --resume goes on" if self.done else ""
+            raise StopRun(f"{error}{saved}") from None
         finally:
             self.signals.restore()
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from plumbing.cli import Settings, UserError, option, unread
 from plumbing.files import read_jsonl, write_json
+from plumbing.runfolder import StopRun
 from plumbing.text import ROOT, clean
 
 CACHE = ROOT / "runs" / "cache"
@@ -197,10 +198,10 @@ def checksums_fit(folder: Path) -> bool:
 
 
 def check_failures(errors: list[str | None], before: int, allowed: int) -> None:
-    """Raises UserError if more searches failed than a run may bear, or none of these succeeded.
+    """Raises StopRun if more searches failed than a run may bear, or none of these succeeded.
 
     An episode whose search failed says nothing of its policy: it is neither scored nor trained."""
     failed = [error for error in errors if error]
     if before + len(failed) > allowed or (failed and len(failed) == len(errors)):
-        raise UserError(f"{before + len(failed)} searches failed (--failed-searches allows "
-                        f"{allowed}): {failed[-1]}")
+        raise StopRun(f"{before + len(failed)} searches failed (--failed-searches allows "
+                      f"{allowed}): {failed[-1]}")

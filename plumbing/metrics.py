@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from plumbing.cli import UserError, console
+from plumbing.cli import console
 from plumbing.ranks import Worker
+from plumbing.runfolder import StopRun
 
 
 def rollout_metrics(episodes: list[Any], group_size: int,
@@ -80,13 +81,13 @@ def empty_steps(rows: list[dict[str, float]], before: int = 0) -> int:
 
 
 def check_empty_steps(count: int, allowed: int, step: int) -> None:
-    """Warn of a step whose searches found nothing; raise UserError at the last one allowed."""
+    """Warn of a step whose searches found nothing; raise StopRun at the last one allowed."""
     if not count:
         return
     text = (f"step {step}: no search found a document, {count} steps in a row (--empty-steps stops "
             f"at {allowed})")
     if count >= allowed:
-        raise UserError(f"{text}: the simulator writes no numbered list, or the engine has nothing")
+        raise StopRun(f"{text}: the simulator writes no numbered list, or the engine has nothing")
     console.print(text, style="yellow", soft_wrap=True)
 
 

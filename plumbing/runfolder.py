@@ -27,6 +27,11 @@ GONE = "replaced.gone"  # being deleted
 OWN = (LOCK, REPLACED, MOVING, GONE)
 
 
+class StopRun(UserError):
+    """Ends a run on all ranks, before the next step has changed a weight: the steps done are saved.
+    """
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderSettings(Settings):
     """The run folder of a stage."""

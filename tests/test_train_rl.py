@@ -667,6 +667,39 @@ def test_a_simulator_that_finds_nothing_stops_the_run(train, capsys):
     assert len(read_metrics(more_out)) == 6
 
 
+@pytest.mark.parametrize("fault,words", [
+    ("failed", "4 searches failed .*; 2 steps are saved: --resume goes on"),
+    ("empty", "2 steps in a row .*; 4 steps are saved: --resume goes on")])
+def test_a_run_that_its_searches_end_loses_no_step(train, monkeypatch, fault, words):
+    """Long before a checkpoint is due. Resumed with a sound engine, it ends as if it had gone on.
+    """
+    engine = FakeEngine("d")
+    plug_engine(monkeypatch, engine)
+    options = {"engine": "bm25", "steps": 5, "empty_steps": 2}
+
+    def at_fault(prompt, seed):
+        """The policy of a run whose engine is at fault from its third step on."""
+        bad = len(policy_calls) >= 16
+        policy_calls.append(seed)
+        engine.documents = [] if bad and fault == "empty" else ["d"]
+        engine.error = lambda request: "broken" if bad and fault == "failed" else None
+        return search_then_answer(prompt, seed)
+
+    policy_calls = []
+    with pytest.raises(UserError, match=words):
+        train(at_fault, out="stopped", **options)
+    done = {"failed": 2, "empty": 4}[fault]
+    stopped = train.out / "stopped"
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    before = read_lines(stopped / "metrics.jsonl")
+    engine.documents, engine.error = ["d"], lambda request: None
+    resumed = train(out="stopped", flags=["--resume"], **options)
+    assert resumed.all[:done] == before and len(resumed.all) == 5
+    if fault == "failed":
+        whole = train(out="whole", **options)
+        assert resumed.metrics == whole.metrics and resumed.episodes == whole.episodes
+
+
 def test_the_config_holds_what_was_used(train):
     run = train(simulator_words=17, p_end=0.4, flags=["--no-scale-rewards"])
     settings = json.loads((run.out / "config.json").read_text())["settings"]
