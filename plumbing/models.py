@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import (AutoModelForCausalLM, AutoTokenizer,
@@ -42,8 +43,8 @@ def load_tokenizer(name: str):
         name = card["id"] if root.startswith("/") and not Path(root).exists() else root
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer for the model {name!r}: {first_line(error)}") from None
+    except DAMAGED as error:
+        raise UserError(f"no tokenizer for the model {name!r}: {reason(error, name)}") from None
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32):
@@ -53,9 +54,18 @@ def load_model(name: str, dtype: torch.dtype = torch.float32):
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype,
                                                      trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't load the model {name!r}: {first_line(error)}") from None
+    except DAMAGED as error:
+        raise UserError(f"can't load the model {name!r}: {reason(error, name)}") from None
     return model.eval()
+
+
+DAMAGED = (OSError, ValueError, SafetensorError)  # or missing
+
+
+def reason(error: Exception, name: str) -> str:
+    """Why a model can't be loaded, and what to do about a damaged copy of the embedded one."""
+    again = f"; delete {SMOLLM2_FOLDER}, and it is fetched again" if name == "smollm2" else ""
+    return first_line(error) + again
 
 
 def simulator_tuning(name: str) -> dict[str, Any]:
@@ -65,7 +75,10 @@ def simulator_tuning(name: str) -> dict[str, Any]:
     if is_server(name):
         name = served_model(name).get("root") or ""
     path = Path(name) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
     return config.get("simulator", {})
 
 

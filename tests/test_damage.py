@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import BUDGET, command, corpus_rows, question, read_lines, read_metrics
+from helpers import BUDGET, command, corpus_rows, one_line, question, read_lines, read_metrics
 
 import evaluate
 import sft_simulator as sim
 import train_rl as rl
+from plumbing import models
 from plumbing.cli import UserError
 
 LAST, OLDER = "checkpoints/step-000004", "checkpoints/step-000003"
@@ -181,3 +182,21 @@ def test_lines_that_no_checkpoint_is_older_than_are_missing(finished, tmp_path, 
     assert ours["model"] == whole["model"]
     kept = whole["metrics"][:1] + whole["metrics"][2:]
     assert ours["metrics"] == (kept if "step 1" in said else [])
+
+
+# The other caches: test_engines.py damages the answers of searches and BM25's index.
+@pytest.mark.parametrize("file,damage", [
+    ("model.safetensors", cut(0)), ("model.safetensors", cut(-9)), ("config.json", cut(-9)),
+    ("config.json", remove), ("tokenizer.json", cut(-9)), ("tokenizer.json", remove),
+    ("tokenizer_config.json", cut(0))])
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_damaged_model_is_refused_in_one_line(tiny, tmp_path, capsys, monkeypatch, file, damage,
+                                                embedded):
+    """One that a run made, or the embedded model's copy, which can be fetched again."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    monkeypatch.setattr(models, "SMOLLM2_FOLDER", folder)
+    damage(folder / file)
+    line = one_line(capsys, monkeypatch, sim, "search", "x", "--engine", "simulator",
+                    "--generator", "hf", "--simulator", "smollm2" if embedded else folder)
+    assert not embedded or line.endswith(f"; delete {folder}, and it is fetched again")
+    assert str(folder) in line
