@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 from collections import Counter
-from dataclasses import replace
 from urllib.parse import quote, unquote
 
 import pytest
@@ -17,6 +16,7 @@ import evaluate
 import sft_simulator as sim
 import train_rl as rl
 from plumbing import remote
+from plumbing.cli import run_cli
 from plumbing.engines import ENGINES, Engine, SearchRequest
 from plumbing.generate import Sampling
 from plumbing.remote import OutsideError, RetryPolicy, in_threads
@@ -28,11 +28,16 @@ from plumbing.web import HTTPEngine
 QUICK = RetryPolicy(timeout=0.4, attempts=2, first_wait=0.01, longest_wait=0.1)
 PATIENT = RetryPolicy(timeout=30, attempts=2, first_wait=0.01, longest_wait=0.1)
 HEAVY = ("33 MB", "endless body", "endless gzip header", "gzip of 64 MB of blanks")  # seconds
+EARNEST = RetryPolicy(timeout=1.5, attempts=2, first_wait=0.01, longest_wait=0.1)
 SLACK = 2.0  # seconds that a busy machine may add to a bound
 OUTCOMES = {name: fault.outcome for name, fault in FAULTS.items()}
 SEARCH = OUTCOMES | dict.fromkeys(SEARCH_FORMS, "transient")
 SERVED = OUTCOMES | dict.fromkeys(COMPLETION_FORMS, "transient")
 SOME = dict(list(SEARCH.items())[::6]) | {"documents: text is null": "transient"}
+
+
+def without_heavy(faults):
+    return {fault: outcome for fault, outcome in faults.items() if fault not in HEAVY}
 
 
 def searcher(handler, body):
@@ -160,10 +165,60 @@ def test_odd_cards_of_models_are_refused_in_one_line(serve, tokenizer):
 def http(monkeypatch, tmp_path):
     """--engine http with little patience and a cache of its own."""
     def make(s):
-        policy = policy_for(s.query) if hasattr(s, "query") else replace(QUICK, timeout=1.5)
+        policy = policy_for(s.query) if hasattr(s, "query") else EARNEST
         return HTTPEngine(s.url, s.top_k, policy, tmp_path / "searches.sqlite", workers=16)
 
     monkeypatch.setitem(ENGINES, "http", Engine(make))
+
+
+def simulating(folder, tokenizer):
+    """A served simulator; the query in its prompt names its fault."""
+    sound = completion(token_ids=encode(tokenizer, "1. It is Lima.\n2. b"))
+
+    def behave(handler, body):
+        if handler.path == "/v1/models":
+            return handler.reply({"data": [{"id": "s", "root": str(folder)}]})
+        prompt = tokenizer.decode(body["prompt"])
+        fault = prompt.rpartition("Query: ")[2].partition("<|im_end|>")[0]
+        return misbehave(fault, handler, sound)
+
+    return behave
+
+
+@pytest.fixture
+def world(http, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer):
+    """Run `train` or `evaluate.py run` in tmp_path/out on questions that each name a fault, with a
+    scripted policy and a server that is started here."""
+    monkeypatch.setattr(rl, "peak_flops", lambda device: 1e12)  # which takes seconds
+    servers = {"http": lambda: serve(searcher), "simulator": lambda: serve(
+        simulating(tiny, tokenizer))}
+
+    def policy(prompt, seed):
+        asked = prompt.rpartition("Question: ")[2].partition("<|im_end|>")[0].strip()
+        return ("<answer> Lima </answer>" if "is Lima." in prompt
+                else f"<search> {asked} </search>")
+
+    class World:
+        out = tmp_path / "run"
+
+        def __init__(self, module, engine, faults):
+            self.server = servers[engine]()
+            url, models = f"{self.server.url}/v1", {}
+            rag, served = FakeGenerator(tokenizer, lambda *_: " Lima\n"), engine == "simulator"
+            models[str(tiny)] = rag if module is evaluate else FakeGenerator(tokenizer, policy)
+            if served:
+                models[url] = ServerGenerator([url], needs_ids=False, retry_policy=EARNEST)
+            plug_generators(monkeypatch, models)
+            rows = [question(i) | {"question": fault} for i, fault in enumerate(faults)]
+            self.arguments = [
+                *([module, "run", "--method", "rag"] if module is evaluate else
+                  [module, "train", "--rollouts", 1, "--algorithm", "reinforce", "--baseline",
+                   "none", "--kl-coef", 0, "--context-tokens", 4000]),
+                "--data", jsonl("q.jsonl", rows), "--model", tiny, "--out", self.out, "--engine",
+                engine, *(["--simulator", url] if served else ["--url", self.server.url]),
+                "--top-k", 2, "--max-searches", 2]
+
+    return World
 
 
 def search_all(faults, serve, monkeypatch, capsys):
@@ -177,68 +232,105 @@ def search_all(faults, serve, monkeypatch, capsys):
             assert one_line(capsys, monkeypatch, sim, *arguments).startswith("error: http://")
 
 
-def run_all(faults, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer):
+def run_all(world, engine, faults):
     """`evaluate.py run`: a fault costs its question alone."""
-    url, out = serve(searcher).url, tmp_path / "run"
-    plug_generators(monkeypatch, {str(tiny): FakeGenerator(tokenizer, lambda *_: " Lima\n")})
-    rows = [question(i) | {"question": fault} for i, fault in enumerate(faults)]
-    bad = sum(outcome != "answer" for outcome in faults.values())
-    command(evaluate, "run", "--model", tiny, "--data", jsonl("q.jsonl", rows), "--out", out,
-            "--method", "rag", "--engine", "http", "--url", url, "--failed-searches", bad)
-    lines = read_lines(out / "predictions.jsonl")
+    run, bad = world(evaluate, engine, faults), sum(o != "answer" for o in faults.values())
+    command(*run.arguments, "--failed-searches", bad)
+    lines = read_lines(run.out / "predictions.jsonl")
     assert {line["question"]: line["end"] != "failed" for line in lines} == {
         fault: outcome == "answer" for fault, outcome in faults.items()}
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((run.out / "results.json").read_text())
     assert results["failed"] == bad and results["metrics"]["em"]["mean"] == 100
 
 
-def train_all(faults, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer):
+def train_all(world, engine, faults):
     """`train`: a fault costs its episode alone, and the step is learned from."""
-    def policy(prompt, seed):
-        asked = prompt.rpartition("Question: ")[2].partition("<|im_end|>")[0].strip()
-        return ("<answer> Lima </answer>" if "is Lima." in prompt
-                else f"<search> {asked} </search>")
-
-    url, out = serve(searcher).url, tmp_path / "run"
-    plug_generators(monkeypatch, {str(tiny): FakeGenerator(tokenizer, policy)})
-    rows = [question(i) | {"question": fault} for i, fault in enumerate(faults)]
-    bad = sum(outcome != "answer" for outcome in faults.values())
-    command(rl, "train", "--data", jsonl("q.jsonl", rows), "--model", tiny, "--out", out,
-            "--engine", "http", "--url", url, "--failed-searches", bad, "--steps", 1,
-            "--prompts-per-step", len(rows), "--rollouts", 1, "--algorithm", "reinforce",
-            "--baseline", "none", "--kl-coef", 0, "--max-searches", 2, "--context-tokens", 4000)
-    ended = {e["question"]: e["end"] for e in read_lines(out / "episodes.jsonl")}
+    run, bad = world(rl, engine, faults), sum(o != "answer" for o in faults.values())
+    command(*run.arguments, "--failed-searches", bad, "--steps", 1, "--prompts-per-step",
+            len(faults))
+    ended = {e["question"]: e["end"] for e in read_lines(run.out / "episodes.jsonl")}
     assert ended == {fault: "answered" if outcome == "answer" else "failed"
                      for fault, outcome in faults.items()}
-    (row,) = read_lines(out / "metrics.jsonl")
+    (row,) = read_lines(run.out / "metrics.jsonl")
     assert row["search/failed"] == bad and row["reward/mean"] == 1
+
+
+def end_and_resume(world, module, engine, fault, capsys, monkeypatch):
+    """No failed search is allowed, and the server is at fault from the second step (or batch) on:
+    one line, exit code 2, in the bound. When it is sound again, --resume goes on to the end."""
+    run = world(module, engine, [f"Where is {i}?" for i in range(6)])
+    run.arguments += ([["--batch-size", 2], ["--steps", 3, "--prompts-per-step", 2]][module is rl])
+    sound, log = run.server.behave, run.out / ["predictions.jsonl", "metrics.jsonl"][module is rl]
+    finished = 2 - (module is rl)  # lines of a batch, or of a step
+
+    def behave(handler, body):
+        broken = log.exists() and log.read_bytes().count(b"\n") >= finished
+        misbehave(fault, handler, None) if broken else sound(handler, body)
+
+    run.server.behave = behave
+    monkeypatch.setattr("sys.argv", [module.__file__, *map(str, run.arguments[1:])])
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as exit_:
+        run_cli(module.app)
+    assert time.monotonic() - begun < EARNEST.bound + 10 and exit_.value.code == 2  # it loads, too
+    said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(said) == 1 and "Traceback" not in said[0] and "searches failed (" in said[0]
+    assert module is evaluate or said[0].endswith("; 1 steps are saved: --resume goes on")
+    before = read_lines(log)
+    assert len(before) == finished
+    run.server.behave = sound
+    command(*run.arguments, "--resume")
+    assert read_lines(log)[:finished] == before and len(read_lines(log)) == 3 * finished
 
 
 def test_some_faults_in_search(http, serve, monkeypatch, capsys):
     search_all(SOME, serve, monkeypatch, capsys)
 
 
-def test_some_faults_in_an_evaluation(http, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer):
-    run_all(SOME | {"Peru": "answer"}, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer)
+SOME_SERVED = dict(list(SERVED.items())[3::9]) | {"completion: text is null": "transient"}
+FEW = {"http": SOME | {"Peru": "answer"}, "simulator": SOME_SERVED | {"Peru": "answer"}}
+ALL = {"http": SEARCH, "simulator": SERVED}
+COMMANDS = [(module, engine) for module in (evaluate, rl) for engine in ALL]
+NAMES = [f"{module.__name__}, {engine}" for module, engine in COMMANDS]
 
 
-def test_some_faults_in_training(http, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer):
-    train_all(SOME | {"Peru": "answer"}, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer)
+@pytest.mark.parametrize("engine", FEW)
+def test_some_faults_in_an_evaluation(world, engine):
+    run_all(world, engine, FEW[engine])
 
 
-ALL = {fault: outcome for fault, outcome in SEARCH.items() if fault not in HEAVY}
+@pytest.mark.parametrize("engine", FEW)
+def test_some_faults_in_training(world, engine):
+    train_all(world, engine, FEW[engine])
+
+
+@pytest.mark.parametrize("module,engine", COMMANDS, ids=NAMES)
+def test_a_run_that_a_fault_ends_is_resumed(world, module, engine, capsys, monkeypatch):
+    fault = {evaluate: "half a body", rl: "hangs"}[module]
+    end_and_resume(world, module, engine, fault, capsys, monkeypatch)
 
 
 @pytest.mark.slow
 def test_all_faults_in_search(http, serve, monkeypatch, capsys):
-    search_all(ALL, serve, monkeypatch, capsys)
+    search_all(without_heavy(SEARCH), serve, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_all_faults_in_an_evaluation(http, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer):
-    run_all(ALL, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer)
+@pytest.mark.parametrize("engine", ALL)
+def test_all_faults_in_an_evaluation(world, engine):
+    run_all(world, engine, without_heavy(ALL[engine]))
 
 
 @pytest.mark.slow
-def test_all_faults_in_training(http, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer):
-    train_all(ALL, serve, monkeypatch, jsonl, tmp_path, tiny, tokenizer)
+@pytest.mark.parametrize("engine", ALL)
+def test_all_faults_in_training(world, engine):
+    train_all(world, engine, without_heavy(ALL[engine]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module,engine", COMMANDS, ids=NAMES)
+@pytest.mark.parametrize("number", range(12))
+def test_a_run_that_any_fault_ends_is_resumed(world, module, engine, number, capsys, monkeypatch):
+    """Every eighth of those that are no answer."""
+    faults = [fault for fault, outcome in without_heavy(ALL[engine]).items() if outcome != "answer"]
+    end_and_resume(world, module, engine, faults[8 * number % len(faults)], capsys, monkeypatch)

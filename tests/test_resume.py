@@ -1,6 +1,7 @@
 """A run that is stopped, extended, or out of disk loses no finished step."""
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -10,13 +11,15 @@ import threading
 import time
 
 import pytest
-from helpers import BUDGET, ROOT, command, one_line, question, read_lines, read_metrics, trajectory
+from helpers import (BUDGET, ROOT, TWO_PROCESSES, command, one_line, question, read_lines,
+                     read_metrics, trajectory)
 
 import sft_simulator as sim
 import train_rl as rl
 from plumbing import checkpoints
 from plumbing.cli import UserError
 from plumbing.remote import in_threads
+from plumbing.text import encode
 
 
 @pytest.fixture
@@ -148,3 +151,95 @@ def test_a_signal_while_a_server_hangs_ends_the_run(tiny, tmp_path, jsonl, serve
         released.set()
         process.kill()
     assert not (tmp_path / "out").exists()
+
+
+BY_SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import train_rl as rl
+from plumbing.served import ServerGenerator
+from plumbing.text import encode
+
+def write_turn(active, setup, step, turn):
+    for e in active:
+        text = "<answer> Lima </answer>" if turn else "<search> a </search>"
+        e.write(ids := encode(setup.tokenizer, text), [-1.0] * len(ids))
+        e.turns.append(rl.Turn(text, "invalid"))
+
+class Policy(ServerGenerator):
+    def load_weights(self, weights): ...
+
+if sys.argv.pop(1) == "policy":
+    url = sys.argv.pop(1)
+    rl.load_generator = lambda *_: Policy([url])
+else:
+    rl.write_turn = write_turn
+rl.run_cli(rl.app)
+"""  # a policy that searches and answers; or a served one, which takes no new weights else
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("served,end", [("simulator", "hangs"), ("policy", "hangs"),
+                                        ("simulator", "fails")])
+def test_two_ranks_whose_server_is_at_fault_lose_no_step(tiny, tokenizer, tmp_path, jsonl, serve,
+                                                         served, end):
+    """From the third step's requests on, four of each step. A server that hangs holds up both
+    ranks; SIGTERM: the steps are in a checkpoint within 10 s, the processes have ended within 15.
+    One that fails ends the run."""
+    out, sound, released = tmp_path / "out", itertools.count(), threading.Event()
+    log, hung = out / "metrics.jsonl", []
+    text = {"policy": "<answer> Lima </answer>", "simulator": "1. a\n2. b"}[served]
+    ids = encode(tokenizer, text)
+    choice = {"text": text, "finish_reason": "stop", "stop_reason": None, "token_ids": ids,
+              "logprobs": {"token_logprobs": [-1.0] * len(ids)}}
+
+    def behave(handler, body):
+        if handler.path == "/v1/models":
+            return handler.reply({"data": [{"id": "s", "root": str(tiny)}]})
+        if next(sound) < 8 or released.is_set():
+            return handler.reply({"choices": [choice]})
+        hung.append(body)
+        if end == "hangs":
+            released.wait(120)
+        return handler.reply({}, 400)
+
+    def start(*flags):
+        return subprocess.Popen([*TWO_PROCESSES, script, served, *map(str, arguments), *flags],
+                                cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    url, script = f"{serve(behave).url}/v1", tmp_path / "script.py"
+    script.write_text(BY_SCRIPT.format(root=str(ROOT)))
+    data = jsonl("questions.jsonl", [question(i) for i in range(4)])
+    arguments = ["train", "--data", data, "--model", tiny, "--out", out, *BUDGET, "--kl-coef", 0,
+                 "--steps", 4, *(["--simulator", url] if served == "simulator" else
+                                 ["--engine", "none"])]
+    arguments[:0] = [url] * (served == "policy")
+    process = start()
+    try:
+        wait_for(lambda: len(hung) >= 4 and log.read_bytes().count(b"\n") == 2, process)
+        if end == "hangs":
+            process.terminate()
+        signalled = time.time()
+        _, said = process.communicate(timeout=60)
+        ended = time.time() - signalled
+    finally:
+        released.set()
+        process.kill()
+    assert process.returncode == 1, said[-3000:]  # the launcher's own code
+    saved = checkpoints.checkpoint_folder(out, 2)
+    assert saved.is_dir() and saved.parent.stat().st_mtime - signalled < 10 and ended < 15
+    assert end == "hangs" or "; 2 steps are saved: --resume goes on" in said
+    before = read_lines(log)
+    process = start("--resume")
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said[-3000:]
+    assert read_lines(log)[:2] == before and len(read_lines(log)) == 4
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -2,9 +2,10 @@
 
 Each stage runs on tiny models. 30 SIGKILLs: at any instant, or within a write (half a line, a file
 before its flush, a rename, the saving of a checkpoint). 20 signals (SIGTERM and SIGINT): at any
-instant, or while a served simulator or a retrieval server hangs; the seconds to the exit are taken.
+instant, or while a served simulator or a retrieval server hangs; the seconds to the checkpoint and
+to the exit are taken. The log is written anew after each.
 
-    python results/kills/run.py --out results/kills/README.md     # minutes
+    python results/kills/run.py --out results/kills/README.md     # half an hour
 """
 
 import json
@@ -17,10 +18,12 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,14 +35,16 @@ import train_rl as rl
 from helpers import (BUDGET, PROMPTS, TIMES, Server, corpus_rows, make_model, make_tokenizer,
                      question, tune)
 from plumbing import checkpoints, files, runfolder, web
-from plumbing.cli import make_app, run_cli
+from plumbing.cli import UserError, make_app, markdown_table, run_cli
 from plumbing.engines import ENGINES, Engine
 from plumbing.models import save_model
+from plumbing.rates import peak_flops
 from plumbing.scorer import Sequence
 from plumbing.text import encode
 
 app = make_app(__doc__)
-LONGEST_STOP = 15.0  # seconds from a signal to the exit
+LONGEST_SAVE, LONGEST_STOP = 10.0, 15.0  # seconds from a signal to the checkpoint, to the exit
+PATIENCE = 300.0  # seconds for what must happen in a run
 
 
 def fork(work, log: Path) -> int:
@@ -103,14 +108,19 @@ def die_in_a_write(place: Path, kind: str, number: int) -> None:
 
 @dataclass
 class World:
-    """Tiny models and data in a folder, servers that hang on demand, a command for each stage."""
+    """Tiny models and data in a folder, servers that hang on demand, a command for each stage.
+
+    report: called after each kill, comparison and signal."""
 
     folder: Path
+    report: Callable[["World"], None]
     stages: dict[str, list] = field(default_factory=dict)
-    lines: dict[str, list[str]] = field(default_factory=lambda: {"kills": [], "signals": []})
+    kills: list[list[str]] = field(default_factory=list)  # rows of the log's tables
+    signals: list[list[str]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        rows = {"questions": [question(i, hops=1 + i % 2) for i in range(8)],
+        rows = {"questions": [question(i, ("7",), hops=1 + i % 2) for i in range(8)],
                 "corpus": corpus_rows(),
                 "pairs": [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(48)],
                 "trajectories": [self.trajectory(i) for i in range(48)]}
@@ -124,7 +134,8 @@ class World:
         tuning = ["--model", tiny, "--batch-size", 4, "--lr", "1e-3", "--save-every", 12]
         data = ["--data", self.folder / "questions.jsonl", "--model", policy]
         simulator = ["--engine", "simulator", "--simulator"]
-        budget = [*BUDGET, "--lr", "3e-4", "--steps", 8, "--kl-coef", "0.1", "--save-every", 2]
+        budget = [*BUDGET, "--lr", "3e-4", "--steps", 8, "--kl-coef", "0.1", "--save-every", 2,
+                  "--empty-steps", 99]
         answering = ["--batch-size", 2, "--tokens-per-turn", 24, "--max-searches", 2]
         self.stages = {
             "tuning": [sim, "train", self.folder / "pairs.jsonl", *tuning, "--epochs", 10],
@@ -142,17 +153,18 @@ class World:
         return question(i) | {"turns": turns}
 
     def make_models(self) -> None:
-        """A random model, and a policy that searches, or answers Lima or Rome."""
+        """A random model, and a policy that searches or not, and answers 7 or 8."""
         tokenizer, sequences = make_tokenizer(), []
-        for i in range(240):
-            episode = rl.new_episode(question(i % 4), 0, tokenizer, PROMPTS)
-            words = ("answer>Lima</answer", "search>it</search", "answer>Rome</answer",
-                     "search>it</search")[(i + i // 4) % 4]
-            episode.write(ids := encode(tokenizer, f"<{words}>"), [0.0] * len(ids))
+        for i in range(480):
+            episode = rl.new_episode(question(i % 8), 0, tokenizer, PROMPTS)
+            answer, searches = "78"[i // 8 % 2], i // 16 % 2
+            for text in ["<search>it</search>"] * searches + [f"<answer>{answer}</answer>"]:
+                episode.write(ids := encode(tokenizer, text), [0.0] * len(ids))
+                episode.read(rl.observation_ids(tokenizer, ["a", "b"], 80))
             sequences.append(Sequence(episode.ids, episode.mask))
         model = make_model(len(tokenizer), initializer_range=0.05)
         save_model(make_model(len(tokenizer)), tokenizer, self.folder / "tiny")
-        tune(model, sequences, sim.TuningSettings(out=self.folder, lr=2e-2, batch_size=4,
+        tune(model, sequences, sim.TuningSettings(out=self.folder, lr=1e-2, batch_size=4, epochs=2,
                                                   batch_tokens=10_000))
         save_model(model, tokenizer, self.folder / "policy")
 
@@ -217,17 +229,26 @@ class World:
         for name in ("episodes.jsonl", "model/model.safetensors"):
             if (folder / name).exists():
                 found[name] = (folder / name).read_bytes()
-        assert len(found) >= 1
         return found
 
-    def state(self, out: str) -> str:
+    def compare(self, stage: str, out: str, rows: list[list[str]]) -> None:
+        """How a run ended beside a whole one, as the last column of its rows."""
+        ours, theirs = self.outcome(out), self.outcome(f"whole-{stage}")
+        different = [name for name in theirs if ours.get(name) != theirs[name]]
+        different += ["no file"] * (not theirs)
+        self.wrong += [f"{stage}: {name}" for name in different]
+        for row in rows:
+            row[-1] = f"DIFFERENT: {', '.join(different)}" if different else "equal"
+        self.report(self)
+
+    def state(self, out: str) -> list[str]:
         """Finished steps or answers, and the checkpoints on the disk."""
         folder, counts = self.folder / out, []
         for name in ("metrics.jsonl", "predictions.jsonl"):
             if (folder / name).exists():
                 counts.append((folder / name).read_bytes().count(b"\n"))
         kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
-        return f"{sum(counts)} | {', '.join(kept)}"
+        return [str(sum(counts)), ", ".join(kept)]
 
     def kill(self, stage: str, seconds: float, draws: random.Random, kind: str | None) -> str:
         """Kill the run of a stage once; where it was hit, or "" if it had ended before."""
@@ -248,14 +269,17 @@ class World:
     def kill_often(self, stage: str, kinds: list[str | None], seed: int) -> None:
         """Kill a stage's run so often, resume it to its end, compare it with a whole run."""
         draws, out = random.Random(seed), stage.replace(" ", "-") + "-killed"
-        seconds = self.finish(stage, "whole-" + stage)
+        seconds, rows = self.finish(stage, f"whole-{stage}"), []
         for kind in kinds:
             while not (where := self.kill(stage, seconds, draws, kind)):  # had ended: begun anew
-                assert self.outcome(out) == self.outcome("whole-" + stage), stage
+                self.compare(stage, out, rows)
                 shutil.rmtree(self.folder / out)
-            self.lines["kills"].append(f"| {stage} | {where} | {self.state(out)} |")
+                rows = []
+            rows.append([stage, where, *self.state(out), "not yet resumed"])
+            self.kills.append(rows[-1])
+            self.report(self)
         self.finish(stage, out, *["--resume"] * runfolder.is_run(self.folder / out))
-        assert self.outcome(out) == self.outcome("whole-" + stage), stage
+        self.compare(stage, out, rows)
 
     def stop(self, stage: str, number: int, hang: str | None, seed: int) -> None:
         """Stop a stage's run by a signal, resume it, compare it with a whole run."""
@@ -266,44 +290,56 @@ class World:
         hanging.unlink(missing_ok=True)
         pid = self.start(stage, out)
         enough = draws.randint(1, 5)
-        while not log.exists() or log.read_bytes().count(b"\n") < enough:
-            time.sleep(0.01)
+        self.until(lambda: log.exists() and log.read_bytes().count(b"\n") >= enough)
         if hang:
             self.hang.write_text(hang)
-            while not hanging.exists():
-                time.sleep(0.01)
+            cache = self.folder / f"searches-{pid}.sqlite"  # from there on the server is asked
+            self.until(lambda: cache.unlink(missing_ok=True) or hanging.exists())
         time.sleep(draws.random() / 5)
+        started = time.time()
         os.kill(pid, number)
-        started = time.monotonic()
-        code, seconds = wait(pid), time.monotonic() - started
+        code, exited = wait(pid), time.time() - started
         assert code == 128 + number, (code, (self.folder / "log").read_text()[-3000:])
-        assert seconds < LONGEST_STOP, seconds
         done = log.read_bytes().count(b"\n")
-        assert checkpoints.checkpoint_folder(self.folder / out, done).is_dir()
+        checkpoint = checkpoints.checkpoint_folder(self.folder / out, done)
+        assert checkpoint.is_dir(), done
+        saved = max(0.0, checkpoint.parent.stat().st_mtime - started)  # of its renaming
         self.hang.unlink(missing_ok=True)
-        name, what = signal.Signals(number).name, hang or "at any instant"
-        self.lines["signals"].append(f"| {stage} | {name} | {what} | {done} | {seconds:.1f} |")
+        self.signals.append([stage, signal.Signals(number).name, hang or "at any instant",
+                             str(done), f"{saved:.1f}", f"{exited:.1f}", "not yet resumed"])
+        if saved > LONGEST_SAVE or exited > LONGEST_STOP:
+            self.wrong.append(f"{stage}: saved after {saved:.1f} s, ended after {exited:.1f} s")
+        self.report(self)
         self.finish(stage, out, "--resume")
-        assert self.outcome(out) == self.outcome(f"whole-{stage}"), stage
+        self.compare(stage, out, self.signals[-1:])
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()[-3000:]
+            time.sleep(0.01)
 
 
-LOG = """# {kills} SIGKILLs and {signals} signals
+PAGE = """# {kills} SIGKILLs and {signals} signals
 
-Runs of tiny models (`hf` engine, one thread), ended again and again and resumed. The final weights,
-metrics, episodes and predictions of each (but for times and rates): **equal to those of a run that
-was not ended, bit for bit**. A signal loses no finished step: each is in a checkpoint when the
-process has ended, which takes at most {longest:.1f} s, whatever its threads wait for.
+    {command}
 
-| run | SIGKILL | lines of finished steps or answers | checkpoints on disk |
-|---|---|---|---|
+Runs of tiny models (`hf` engine, one thread), ended again and again and resumed. The last column
+compares the final weights, metrics, episodes and predictions (but for times and rates) with those
+of a run that was not ended: "equal" is **bit for bit**. A run is killed several times before it is
+compared. Commit {commit}; {tflops:.2f} TFLOP/s in a {dtype} matrix product.
+
 {killed}
 
-| run | signal | when | steps done and saved | seconds to the exit |
-|---|---|---|---|---|
-{stopped}
+A signal loses no finished step: each is in a checkpoint, {saved:.1f} s after it at the latest
+(bound: {save_bound:g} s), and the process has ended after at most {exited:.1f} s (bound:
+{stop_bound:g} s), whatever its threads wait for.
 
-Made by `python results/kills/run.py --out results/kills/README.md`.
+{stopped}
 """
+KILLED = ["run", "SIGKILL", "lines of finished steps or answers", "checkpoints on disk", "end"]
+STOPPED = ["run", "signal", "while the server gives", "steps done and saved",
+           "seconds to the checkpoint", "seconds to the exit", "end"]
 IN_WRITES = ["line", None, "flush", None, "save", None, "rename", None, "line", None]
 
 
@@ -315,8 +351,20 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the instants.")] = 0,
 ) -> None:
     """End runs, resume them, compare how they end, and write a log."""
+    run = runfolder.describe_run()
+    tflops = peak_flops(torch.device("cpu")) / 1e12
+
+    def report(world: World) -> None:
+        saved, exited = (max((float(row[i]) for row in world.signals), default=0) for i in (4, 5))
+        out.write_text(PAGE.format(
+            kills=len(world.kills), signals=len(world.signals), saved=saved, exited=exited,
+            command=f"python {' '.join(sys.argv)}", commit=run["commit"], tflops=tflops,
+            dtype=run["hardware"]["dtype"], save_bound=LONGEST_SAVE, stop_bound=LONGEST_STOP,
+            killed=markdown_table(KILLED, world.kills, text_columns=5),
+            stopped=markdown_table(STOPPED, world.signals, text_columns=3)))
+
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
+        world = World(Path(folder), report)
         try:
             stages = ("tuning", "RL", "evaluation", "warm-up")
             for i, stage in enumerate(stages):
@@ -331,10 +379,8 @@ def main(
                 world.stop(stage, number, hang and hang[i // 8 % 2], seed + 100 + i)
         finally:
             os.kill(world.server_pid, signal.SIGKILL)
-    killed, stopped = world.lines["kills"], world.lines["signals"]
-    longest = max((float(line.split("|")[-2]) for line in stopped), default=0.0)
-    out.write_text(LOG.format(kills=len(killed), signals=len(stopped), longest=longest,
-                              killed="\n".join(killed), stopped="\n".join(stopped)))
+    if world.wrong:
+        raise UserError("; ".join(world.wrong))
 
 
 if __name__ == "__main__":
