@@ -200,3 +200,17 @@ def test_a_damaged_model_is_refused_in_one_line(tiny, tmp_path, capsys, monkeypa
                     "--generator", "hf", "--simulator", "smollm2" if embedded else folder)
     assert not embedded or line.endswith(f"; delete {folder}, and it is fetched again")
     assert str(folder) in line
+
+
+def test_code_in_a_models_folder_is_not_run(tiny, tmp_path, capsys, monkeypatch):
+    """Nor is the user asked whether it may be."""
+    folder, ran = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config",
+                                                 "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    line = one_line(capsys, monkeypatch, sim, "search", "x", "--engine", "simulator",
+                    "--generator", "hf", "--simulator", folder)
+    assert str(folder) in line and not ran.exists()
