@@ -2,9 +2,11 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -22,6 +24,7 @@ from plumbing.engines import SearchRequest
 from plumbing.files import read_jsonl, read_questions, write_jsonl
 from plumbing.generate import HFGenerator, Sampling
 from plumbing.models import fetch_smollm2, load_model, load_tokenizer, named_weights
+from plumbing.remote import in_threads
 from plumbing.scorer import Sequence, TokenScorer, collate
 from plumbing.served import ServerGenerator, VLLMGenerator, load_generator
 from plumbing.text import ROOT, encode, prompt_ids
@@ -127,6 +130,29 @@ def test_a_failed_request_fails_alone(vllm16, prompts, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(served, "from_vllm", lambda output: 1 / 0)
         vllm16.generate(prompts[:2], Sampling(4), [0, 1])
+    assert vllm16.generate(prompts[:1], Sampling(4), [0])[0].ids
+
+
+def test_a_signal_ends_the_wait_for_a_step_that_hangs(vllm16, prompts, monkeypatch):
+    """As that of a rollout, whose threads wait for the engine's. Then the next call is served."""
+    engine, free, hung = vllm16.llm.llm_engine, threading.Event(), []
+
+    def hang(step=engine.step):
+        if not hung:
+            hung.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+            free.wait(60)
+        return step()
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    monkeypatch.setattr(engine, "step", hang)
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(lambda i: vllm16.generate([prompts[i]], Sampling(4), [i]), list(range(4)), 4)
+    assert time.monotonic() - hung[0] < 10
+    free.set()
     assert vllm16.generate(prompts[:1], Sampling(4), [0])[0].ids
 
 

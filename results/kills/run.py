@@ -5,7 +5,7 @@ before its flush, a rename, the saving of a checkpoint). 20 signals (SIGTERM and
 instant, or while a served simulator or a retrieval server hangs; the seconds to the checkpoint and
 to the exit are taken. The log is written anew after each.
 
-    python results/kills/run.py --out results/kills/README.md     # half an hour
+    python results/kills/run.py --out results/kills/README.md     # ten minutes
 """
 
 import json
