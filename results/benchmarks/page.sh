@@ -13,10 +13,11 @@ runs() { # scored anew, from the predictions
     done; done
 }
 
+commits=$(sed -n 's/.*"commit": "\(.\{7\}\).*/\1/p' "$OUT"/*/*/config.json | sort -u | paste -sd,)
 cat <<END
 # Six methods on the seven benchmarks
 
-Made by \`results/benchmarks/run.sh FOLDER\`: the same $QUESTIONS questions of each benchmark for every method, drawn with one seed from
+Made by \`results/benchmarks/run.sh FOLDER\` at commit $commits: the same $QUESTIONS questions of each benchmark for every method, drawn with one seed from
 FOLDER's 500 (Bamboogle: 125), BM25 over FOLDER's 74,002 Wikipedia paragraphs, greedy, one model for all: the embedded SmolLM2-135M-Instruct. Nothing is
 trained here: \`agent\` is this model under the policy's template, which a model of this size follows badly. Budgets are small (2 searches of 2 documents, 128
 tokens read of each search, 32 tokens a turn), so that it fits a CPU. The paper has no model of this size, and searches all of Wikipedia: its rows, of its
@@ -35,6 +36,6 @@ if [[ $METHODS == *rag* ]]; then
         done > "$OUT/$method.jsonl"
     done
     printf '\n## RAG beside direct answering, question by question\n\n```\n'
-    $PY evaluate.py compare "$OUT/direct.jsonl" "$OUT/rag.jsonl" | sed "s#$OUT/##"
+    $PY evaluate.py compare "$OUT/direct.jsonl" "$OUT/rag.jsonl" | sed "s#$OUT/##; s/ *$//"
     printf '```\n'
 fi
