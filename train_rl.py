@@ -768,7 +768,7 @@ def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode], clock: C
             if len(sums) == 1:
                 trainer.commit()
             sums[-1]["grad_norm"] = optimizer_step(trainer, sums[-1])
-        if not parts:  # all searches failed, or no episode had room for a turn
+        if not parts:  # no episode had room for a turn
             trainer.commit()
         for schedule in trainer.schedules:
             schedule.step()

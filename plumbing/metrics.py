@@ -15,7 +15,7 @@ def rollout_metrics(episodes: list[Any], group_size: int,
 
     noise: the curriculum's p; with a real engine None, and nothing is logged of noise."""
     scored = [e for e in episodes if e.end != "failed"]
-    rewards = torch.tensor([e.reward for e in scored] or [0.0], dtype=torch.float64)
+    rewards = torch.tensor([e.reward for e in scored], dtype=torch.float64)
     groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
     by_group = [[e.reward for e in group if e.end != "failed"] for group in groups]
     turns = [turn for e in episodes for turn in e.turns]
@@ -25,8 +25,7 @@ def rollout_metrics(episodes: list[Any], group_size: int,
     return {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(unbiased=False).item(),
-        **{f"reward/{name}": mean(e.scores[name] for e in scored)
-           for name in (scored[0].scores if scored else ("f1", "em", "answered", "format"))},
+        **{f"reward/{name}": mean(e.scores[name] for e in scored) for name in scored[0].scores},
         **{f"reward/hops_{h}": mean(e.reward for e in scored if e.hops == h)
            for h in sorted({e.hops for e in scored if e.hops})},
         "reward/zero_variance_groups": mean(min(group) == max(group)

@@ -7,8 +7,12 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
+from helpers import settings, tune
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import sft_simulator as sim
+import train_rl as rl
 from plumbing.cli import UserError
 from plumbing.generate import HFGenerator, Sampling
 from plumbing.scorer import Critic, Sequence, TokenScorer, collate, micro_batches
@@ -100,6 +104,16 @@ def part_of(make_part, model, family):
         return None, str(error)
 
 
+def plain_logprobs(model, batch, temperature=1.0):
+    """Log-probs (N,) of the masked tokens, by one plain pass over each row."""
+    expected = []
+    for s in batch:
+        logits = model(torch.tensor([s.ids]), use_cache=False).logits[0] / temperature
+        logprobs = logits.log_softmax(-1)
+        expected += [logprobs[t - 1, s.ids[t]] for t in range(1, len(s.ids)) if s.mask[t]]
+    return torch.stack(expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_scored_right_or_refused(family, table):
     """Log-probs, entropies and gradient of ragged rows, beside one plain pass over each row."""
@@ -114,11 +128,7 @@ def test_a_family_is_scored_right_or_refused(family, table):
     difference = 0.0
     for batch in batches(scorer):
         logprobs, entropies = scorer(*collate(batch, torch.device("cpu")), temperature=0.8)
-        expected = []
-        for s in batch:
-            logits = (plain(torch.tensor([s.ids]), use_cache=False).logits[0] / 0.8).log_softmax(-1)
-            expected += [logits[t - 1, s.ids[t]] for t in range(1, len(s.ids)) if s.mask[t]]
-        expected = torch.stack(expected)
+        expected = plain_logprobs(plain, batch, 0.8)
         weights = torch.linspace(-1, 2, len(expected))
         (logprobs * weights).sum().backward()
         (expected * weights).sum().backward()
@@ -176,3 +186,41 @@ def test_a_family_is_sampled_right_or_refused(family, tokenizer, table):
             prompts[i] = ids[0].tolist() + [30 + i] * (1 + 3 * i)
     table.append([family, "sampler", model.config._attn_implementation, f"{difference:.1e}"])
     assert difference < 1e-3
+
+
+@pytest.mark.parametrize("family", ["stablelm", "granite"])
+def test_policy_reference_critic_and_supervised_training_are_right(family, tmp_path):
+    """Of a model whose rows, or whose head, can't be computed as Llama's."""
+    model, rows = make(family), sequences()
+    model.save_pretrained(tmp_path)
+    accelerator = Accelerator(cpu=True)
+    trainer = rl.make_trainer(accelerator, settings(model=str(tmp_path), algorithm="ppo",
+                                                    kl_coef=0.1))
+    expected = plain_logprobs(model, rows, 0.8)
+    for scorer in (trainer.policy, trainer.reference):
+        found = torch.cat(trainer.evaluate(scorer, rows, 60, temperature=0.8))
+        assert (found - expected).abs().max() < 1e-3
+    torch.nn.init.normal_(trainer.critic.head.weight)
+    values = trainer.evaluate(trainer.critic, rows, 60)
+    for found, s in zip(values, rows):
+        hidden = model.get_decoder()(torch.tensor([s.ids]), use_cache=False).last_hidden_state[0]
+        right = trainer.critic.head(hidden[:-1][torch.tensor(s.mask[1:]).bool()])[:, 0]
+        assert (found - right).abs().max() < 5e-3
+    loss = -plain_logprobs(model, rows).mean().item()
+    found = sim.supervised_gradient(accelerator, TokenScorer(model), rows, 60)
+    assert found.item() == pytest.approx(loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("part", ["policy", "critic", "tuned"])
+def test_every_part_of_training_refuses_a_model_that_it_can_not_score(part, tmp_path):
+    names = {}
+    for family in ("bert", "llama"):
+        names[family] = str(tmp_path / family)
+        make(family).save_pretrained(names[family])
+    with pytest.raises(UserError, match="^BertLMHeadModel can't be trained: a token sees those af"):
+        if part == "tuned":
+            tune(make("bert"), sequences(), sim.TuningSettings(out=tmp_path / "out"))
+        else:
+            models = {"model": names["bert"]} if part == "policy" else {
+                "model": names["llama"], "critic": names["bert"]}
+            rl.make_trainer(Accelerator(cpu=True), settings(algorithm="ppo", **models))

@@ -833,6 +833,9 @@ def test_a_resumed_run_samples_with_the_checkpoints_weights(train, capsys):
     shutil.rmtree(whole.out / "checkpoints/step-000004")
     train(stop, **options, flags=["--resume"])
     assert "stopped after 3 steps" in " ".join(capsys.readouterr().err.split())
+    # Two steps on: the optimizer's state alone would give the first of them the right rate.
+    longest = train(**options | {"steps": 5}, flags=["--resume"])
+    assert longest.optimizers[0].lrs == [0.01] * 4
 
 
 def options(data, model, out, *extra):
