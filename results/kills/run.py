@@ -371,12 +371,15 @@ def main(
             stages = ("tuning", "RL", "evaluation", "warm-up")
             for i, stage in enumerate(stages):
                 share = (kills + len(stages) - 1 - i) // len(stages)
-                world.kill_often(stage, (IN_WRITES[2 * (i % 2) :] * 3)[:share], seed + i)
+                kinds = IN_WRITES[2 * (i % 2) :] * 3
+                if stage == "evaluation":  # has no checkpoints
+                    kinds = [kind for kind in kinds if kind not in ("save", "rename")]
+                world.kill_often(stage, kinds[:share], seed + i)
             hangs = ("no answer", "half an answer")
-            kinds = [("RL, served simulator", hangs), ("tuning", None),
-                     ("RL, retrieval server", hangs), ("RL", None)]
+            runs = [("RL, served simulator", hangs), ("tuning", None),
+                    ("RL, retrieval server", hangs), ("RL", None)]
             for i in range(signals):
-                stage, hang = kinds[i % 4]
+                stage, hang = runs[i % 4]
                 number = (signal.SIGTERM, signal.SIGINT)[i // 4 % 2]
                 world.stop(stage, number, hang and hang[i // 8 % 2], seed + 100 + i)
         finally:
