@@ -1,4 +1,5 @@
-"""What test_train_rl_ranks.py runs on two ranks: ranks.py OUT writes OUT, a torch file."""
+"""What test_train_rl_ranks.py runs on two ranks: `ranks.py OUT ...` writes OUT, a torch file, then
+runs `train_rl.py ...`."""
 
 import sys
 import weakref
@@ -9,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers import ALGORITHMS, exact_model, gradient, saved_episodes, settings
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +19,6 @@ from transformers import get_constant_schedule_with_warmup
 import evaluate
 import sft_simulator as sim
 import train_rl as rl
-from plumbing.cli import leave
 from plumbing.generate import HFGenerator
 from plumbing.models import named_weights
 from plumbing.ranks import split
@@ -87,7 +88,7 @@ def answered():
     return [record["id"] for record in records], mine
 
 
-def main(out: str) -> None:
+def main(out: str, *command: str) -> None:
     rank = Accelerator(cpu=True).process_index
     results = {"ddp": [gradient(episodes(rank), dtype, batch_tokens=40, **changes)
                        for dtype, changes in CASES], "supervised": supervised(),
@@ -103,8 +104,10 @@ def main(out: str) -> None:
     if rank == 0:
         torch.save(results, out)
     weakref.finalize(trainer, print, "freed", flush=True)
-    leave(Accelerator(cpu=True).state)
+    AcceleratorState._reset_state()  # the command makes its own
+    sys.argv = ["train_rl.py", *command]
+    rl.run_cli(rl.app)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

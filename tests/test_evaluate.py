@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def test_score_is_stable_to_the_last_digit(jsonl, capsys):
     answers = [rng.choice([None, "", "x", "red", "red blue", "the green"]) for _ in range(997)]
     rows = [{"question": "?", "golden_answers": ["red green blue", "x"], "answer": answer}
             for answer in answers]
+    rows.append(rows[0] | {"answer": "x", "end": "failed", "error": "HTTP 400"})  # is left out
     for _ in range(2):
         command(evaluate, "score", jsonl("answers.jsonl", rows), "--json")
         texts.append(capsys.readouterr().out)
@@ -368,17 +370,6 @@ def test_samples_are_drawn_apart(run, method):
         assert len(set(seeds)) == len(seeds) >= 9 * (seeds is done.generator.seeds)
 
 
-def test_samples_of_a_question_count_together(run):
-    """1, 2 and 0 of 3 are right: pass@2 is 1 less the share of pairs that are both wrong."""
-    done = run("run", [" Ann\n", "x", "x", " Rome\n", "x", " Rome\n", "x", "x", "x"],
-               method="direct", samples=3, temperature=1.0)
-    means = {name: figures["mean"] for name, figures in done.results["metrics"].items()}
-    right = {"em": (1 / 3, 2 / 3, 0), "pass@2": (2 / 3, 1, 0), "pass@3": (1, 1, 0)}
-    for name, shares in right.items():
-        assert means[name] == pytest.approx(100 * sum(shares) / 3), name
-    assert (done.results["n"], done.results["samples"]) == (3, 3)
-
-
 @pytest.mark.parametrize("method", evaluate.METHODS)
 def test_no_question_speaks_in_control_tags(run, jsonl, method):
     rows = [question(question="Who <answer> Ann </answer>?<|im_end|>")]
@@ -476,32 +467,20 @@ def test_seconds_of_a_batch_are_shared_by_its_questions(run, monkeypatch):
 
 def test_samples_of_a_question_give_a_mean_and_pass_at_k(run):
     """4 samples each; of the answers to q0 one is right, of q1 none, of q2 all."""
-    right = {"q0": 1, "q1": 0, "q2": 4}
-    asked = []
-    def reply(prompt, seed):
-        who = next(name for name, text in ASKED.items() if text in prompt)
-        asked.append((who, seed))
-        gold = ROWS[int(who[1])]["golden_answers"][0]
-        return (gold if sum(w == who for w, _ in asked) <= right[who] else "no") + "\n"
     options = {"method": "direct", "samples": 4, "temperature": 0.7, "batch_size": 5}
-    done = run("run", reply, **options)
-    assert [(r["id"], r["sample"]) for r in done.records] == [
-        (who, k) for who in ASKED for k in range(4)]
-    assert {call.sampling.temperature for call in done.generator.calls} == {0.7}
-    assert len({seed for _, seed in asked}) == 12
-    means = {name: m["mean"] for name, m in done.results["metrics"].items()}
+    done = run("run", [" Ann\n"] + ["x"] * 7 + [" in 1999\n"] * 4, **options)
     assert done.results["n"] == 3 and done.results["samples"] == 4
-    assert means["em"] == pytest.approx(100 * (1 / 4 + 0 + 1) / 3)
-    assert means["pass@2"] == pytest.approx(100 * (1 / 2 + 0 + 1) / 3)
-    assert means["pass@4"] == pytest.approx(200 / 3)
-    assert done.results["metrics"]["pass@4"]["n"] == 3  # questions, not samples
-    lines = (done.out / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (done.out / "predictions.jsonl").write_text("".join(lines[:7]))
-    asked[:] = [("q0", 0)] * 9 + [("q1", 0)]
-    again = run("run", reply, "--resume", **options)
+    shares = {"em": (1 / 4, 0, 1), "pass@2": (1 / 2, 0, 1), "pass@4": (1, 0, 1)}
+    for name, of_questions in shares.items():
+        figures = done.results["metrics"][name]
+        assert figures["mean"] == pytest.approx(100 * sum(of_questions) / 3)
+        assert figures["n"] == 3  # questions, not samples
+    predictions = done.out / "predictions.jsonl"
+    predictions.write_text("".join(predictions.read_text().splitlines(keepends=True)[:7]))
+    again = run("run", ["x"] * 7, "--resume", **options)
     assert len(again.generator.prompts) == 7 and len(again.records) == 12
     with pytest.raises(UserError, match="alike at --temperature 0"):
-        run("run", reply, out="x", samples=4)
+        run("run", replies, out="x", samples=4)
 
 
 def test_several_benchmarks_share_one_model_and_end_in_a_table(run, tmp_path, jsonl, capsys):
@@ -516,9 +495,7 @@ def test_several_benchmarks_share_one_model_and_end_in_a_table(run, tmp_path, js
     assert {name: r["benchmark"] for name, r in found.items()} == {n: n for n in found}
     assert "nq popqa mine" in " ".join(capsys.readouterr().out.split())
     for name in ("popqa", "mine"):  # killed before the second: the first is not run again
-        (tmp_path / "out" / name / "config.json").unlink()
-        (tmp_path / "out" / name / "predictions.jsonl").unlink()
-        (tmp_path / "out" / name / "results.json").unlink()
+        shutil.rmtree(tmp_path / "out" / name)
     asked = []
     with pytest.raises(FileNotFoundError):
         run("run", lambda prompt, seed: asked.append(prompt) or " Ann\n", "--resume",
@@ -817,35 +794,31 @@ def test_resumed_run_ends_like_an_uninterrupted_one(asking, tmp_path, method):
     assert before.splitlines()[0] != predictions.read_bytes().splitlines()[0]
 
 
-@pytest.mark.parametrize(("number", "kills"), [
-    (40, 1), pytest.param(100, 3, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_to_the_same_results(asking, tmp_path, number, kills):
-    """SIGKILL at random moments of the answering; the end is the uninterrupted run's."""
-    line = [sys.executable, ROOT / "evaluate.py", *asking, "--limit", number, "--method",
-            "ra-agent", "--max-searches", 2, "--tokens-per-turn", 60, "--batch-size", 4,
-            "--context-tokens", 900, "--out"]
-    def start(*more) -> subprocess.Popen:
-        return subprocess.Popen(list(map(str, (*line, *more))), stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE)
+def test_a_killed_run_resumes_to_the_same_results(asking, tmp_path):
+    """SIGKILL at a random moment of the answering; results/kills/run.py does more of it."""
+    run = [*asking, "--limit", 24, "--method", "ra-agent", "--max-searches", 2,
+           "--tokens-per-turn", 60, "--batch-size", 4, "--context-tokens", 900, "--out"]
+    killed = tmp_path / "killed"
+    line = [sys.executable, ROOT / "evaluate.py", *run, killed]
+
     def answered() -> int:
+        file = killed / "predictions.jsonl"
         return file.read_bytes().count(b"\n") if file.exists() else 0
-    rng, killed, whole = random.Random(number), tmp_path / "killed", start(tmp_path / "whole")
-    file = killed / "predictions.jsonl"
-    for goal in sorted(rng.sample(range(0, number // 2), kills)):
-        process = start(killed, *["--resume"] * file.exists())
-        while answered() <= goal:
-            assert process.poll() is None, process.stderr.read().decode()[-2000:]
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.1)  # within the next batch
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        assert goal < answered() < number and not (killed / "results.json").exists()
-    process = start(killed, "--resume")
-    for finished in (process, whole):
-        assert finished.wait(timeout=240) == 0, finished.stderr.read().decode()[-2000:]
+
+    process = subprocess.Popen(list(map(str, line)), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
+    while not answered():
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.1)  # within the next batch
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < answered() < 24 and not (killed / "results.json").exists()
+    command(evaluate, *run, killed, "--resume")
+    command(evaluate, *run, tmp_path / "whole")
     records, results = without_seconds(tmp_path / "whole")
     assert without_seconds(killed) == (records, results)
-    assert len({record["id"] for record in records}) == len(records) == number
+    assert len({record["id"] for record in records}) == len(records) == 24
 
 
 def test_whole_batches(tmp_path):
@@ -864,17 +837,10 @@ def test_bad_input_is_one_line(tiny, tmp_path, jsonl, capsys, monkeypatch):
     """No mistake costs a run its folder, or begins one."""
     good, answers, others = (jsonl(f"{ids}.jsonl", [question(i, answer="y") for i in ids])
                              for ids in ("abc", "ab", "ac"))
-    broken, used, out = tmp_path / "broken.jsonl", tmp_path / "used", tmp_path / "out"
-    broken.write_text(json.dumps(question()) + "\n{oops\n")
-    used.mkdir()
-    (used / "config.json").write_text('{"settings": {"model": "another"}}')
-    fresh, again = (("run", "--model", tiny, "--out", folder, "--data", good)
-                    for folder in (out, used))
+    out, fresh = tmp_path / "out", ("run", "--model", tiny, "--out", tmp_path / "out")
+    fresh, without = (*fresh, "--data", good), fresh
     for expected, args in {
-        "unknown benchmark 'nqq'": (*fresh[:5], "--benchmark", "nqq"),
-        "NAME or --data FILE": fresh[:5], f"{broken}:2: not JSON": (*fresh, "--data", broken),
-        "gold.jsonl:2: golden_answers": (
-            *fresh, "--data", jsonl("gold.jsonl", [question(0), question(1, answers=[3])])),
+        "NAME or --data FILE": without,
         "an id occurs twice": (*fresh, "--data", jsonl("twice.jsonl", [question()] * 2)),
         "no such file": (*fresh, "--data", tmp_path / "none.jsonl"),
         "--top-k must be at least 1, not 0": (*fresh, "--top-k", 0),
@@ -882,15 +848,12 @@ def test_bad_input_is_one_line(tiny, tmp_path, jsonl, capsys, monkeypatch):
         "can't serve it": (*fresh, "--method", "rag", "--engine", "none"),
         "needs --simulator": (*fresh, "--engine", "simulator"),
         "--context-tokens": (*fresh, "--context-tokens", 500),
-        "--overwrite": again, "other settings": (*again, "--resume"),
-        "nonesuch": (*again, "--overwrite", "--model", tmp_path / "nonesuch"),
-        "no corpus": (*again, "--overwrite", "--corpus", tmp_path / "no corpus"),
         "--method guess: there are agent": (*fresh, "--method", "guess"),
         "wrong.jsonl:1: answer": ("score", jsonl("wrong.jsonl", [question(answer=3)])),
         "no row can be used: no golden answer": (
             "score", jsonl("empty.jsonl", [question(answers=[], answer="y")])),
         "no field answer": ("score", jsonl("unanswered.jsonl", [question()])),
-        "such as qb": ("compare", answers, others), "not the results of": ("table", used),
+        "such as qb": ("compare", answers, others), "not the results of": ("table", tmp_path),
         "neither metrics.jsonl nor results.json": ("report", tmp_path, "--out", out)}.items():
         assert expected in one_line(capsys, monkeypatch, evaluate, *args)
-    assert (used / "config.json").exists() and not out.exists()
+    assert not out.exists()

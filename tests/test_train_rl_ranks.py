@@ -1,7 +1,6 @@
 """Ranks change no number; presets, trackers and Accelerate's configs hold what they promise."""
 
 import json
-import os
 import re
 import subprocess
 import tomllib
@@ -10,7 +9,8 @@ import pytest
 import ranks
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import ALGORITHMS, TWO_PROCESSES, command, gradient, relative
+from helpers import (ALGORITHMS, BUDGET, TWO_PROCESSES, command, gradient, question, read_lines,
+                     read_metrics, relative)
 
 import train_rl as rl
 from plumbing.cli import UserError
@@ -20,16 +20,26 @@ from plumbing.scorer import Critic, TokenScorer
 from plumbing.text import ROOT
 
 
+def training(folder, policy) -> list:
+    """A step of `train` on two questions; its run goes to folder/run."""
+    rows = [json.dumps(question(i, hops=1 + i)) + "\n" for i in range(2)]
+    (folder / "data.jsonl").write_text("".join(rows))
+    return ["train", "--data", folder / "data.jsonl", "--model", policy, "--out", folder / "run",
+            *BUDGET, "--engine", "none", "--lr", "1e-4", "--rollouts", 4, "--batch-tokens", 450,
+            "--steps", 1]
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What two processes under `accelerate launch` made of their shares of one global batch."""
-    out = tmp_path_factory.mktemp("ranks") / "results.pt"
-    launched = [*TWO_PROCESSES, str(ROOT / "tests/ranks.py"), str(out)]
-    done = subprocess.run(launched, capture_output=True, text=True, timeout=200,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+def two_ranks(tmp_path_factory, policy):
+    """What two processes under `accelerate launch` made of their shares of one global batch, and
+    the folder of a run of `train`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launched = [*TWO_PROCESSES, ROOT / "tests/ranks.py", folder / "results.pt",
+                *training(folder, policy)]
+    done = subprocess.run(list(map(str, launched)), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "freed" not in done.stdout  # a rank ends at once: freeing a process group can hang
-    return torch.load(out, weights_only=False)
+    return torch.load(folder / "results.pt", weights_only=False) | {"run": folder / "run"}
 
 
 def test_two_ranks_have_the_gradient_of_one(two_ranks):
@@ -73,6 +83,17 @@ def test_two_shards_make_the_step_of_one(two_ranks):
     start = ranks.exact_model(3).transformer.wte.weight
     assert relative(sampler["transformer.wte.weight"], start) > 1e-3  # it did move
     assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_two_ranks_train_like_one(two_ranks, policy, tmp_path):
+    """The command itself: the same questions and seeds, so the steps agree; one rank writes."""
+    command(rl, *training(tmp_path, policy))
+    (one,), (two,) = map(read_metrics, (tmp_path / "run", two_ranks["run"]))
+    assert one["loss/grad_norm"] > 0 and 0 < one["reward/mean"] < 1
+    assert two == pytest.approx(one, rel=0.02, abs=1e-3)  # perhaps bfloat16, in other micro-batches
+    mine, theirs = ([(e["id"], e["sample"], e["ids"]) for e in read_lines(run / "episodes.jsonl")]
+                    for run in (tmp_path / "run", two_ranks["run"]))
+    assert mine == theirs
 
 
 def test_ranks_get_whole_groups_and_like_numbers_of_tokens():

@@ -396,7 +396,7 @@ def task(draw, count):
 def taught_the_form(tokenizer, folder, draw):
     """A tiny model that searches, then answers whatever the document says."""
     sequences = []
-    for row in task(draw, 1600):
+    for row in task(draw, 800):
         episode = rl.new_episode(row, 0, tokenizer, TASK)
         document = [row["golden_answers"][0] * 8]
         search, answer = (encode(tokenizer, text) for text in (
@@ -406,7 +406,7 @@ def taught_the_form(tokenizer, folder, draw):
         episode.write(answer, [0.0] * len(answer))
         sequences.append(Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), **SIZES)
-    s = sim.TuningSettings(out=folder, epochs=2, lr=1e-2, batch_size=16, batch_tokens=10_000)
+    s = sim.TuningSettings(out=folder, lr=1e-2, batch_size=16, batch_tokens=10_000)
     tune(model, sequences, s)
     return model
 

@@ -71,7 +71,7 @@ WRONG = [
     # ten more
     (rl, [*TRAIN, "--stpes", 3], "--stpes"),
     (rl, [*TRAIN, "--steps", "many"], "--steps"),
-    (rl, [*TRAIN, "--algorithm", "PPO"], "--algorithm PPO: there are reinforce, grpo, ppo"),
+    (rl, [*TRAIN, "--algorithm", "PPO"], "there are reinforce, grpo, ppo, reinforce++"),
     (rl, [*TRAIN, "--preset", "paper"], "--preset paper: there are"),
     (rl, ["trian"], "trian"),
     (rl, [*TRAIN, "--simulator", "old/model"], "lies in old, which --overwrite would replace"),
