@@ -1,10 +1,8 @@
-"""Fixtures: tiny random models behind the real interface, and the real commands as subprocesses."""
+"""Fixtures: tiny random models behind the real interface, servers, data."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder is refu
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from helpers import (PROMPTS, ROOT, PlainSGD, Server, make_model,  # noqa: E402
+from helpers import (PROMPTS, PlainSGD, Server, make_model,  # noqa: E402
                      make_tokenizer, question, tune)
 
 import sft_simulator as sim  # noqa: E402
@@ -90,19 +88,6 @@ def serve(request):
         return server
 
     return start
-
-
-@pytest.fixture(scope="session")
-def run_script():
-    """Run one of the kit's scripts as a user would; returns the finished process."""
-    def run(script: str, *args: object, cwd: Path = ROOT, **env: str):
-        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | env,
-                              capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-
-    return run
 
 
 @pytest.fixture

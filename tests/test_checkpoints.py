@@ -1,14 +1,15 @@
 """A run killed at any instant goes on from its last checkpoint, and ends as if nothing had been."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ import train_rl as rl
 from plumbing.checkpoints import (Checkpoints, checkpoint_folder, save_checkpoint,
                                   set_lines_aside)
 from plumbing.cli import UserError
-from plumbing.runfolder import RunFolder
 from plumbing.signals import Signals
 from plumbing.text import ROOT
 
@@ -36,6 +36,20 @@ class Run:
     def finish(self): say("finished")
 def init(project, **options): return Run()
 '''
+
+
+# Processes that begin with the chapter imported: starting Python anew takes seconds.
+PREPARED = multiprocessing.get_context("forkserver")
+PREPARED.set_forkserver_preload(["train_rl"])
+
+
+def run_script(script: Path, arguments: list[str], folder: Path) -> None:
+    """What a process does: the script, in a folder, its stderr in a file there."""
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.chdir(folder)
+    os.environ["COLUMNS"] = "200"
+    sys.argv = [script.name, *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 class World:
@@ -54,27 +68,25 @@ class World:
         (package / "METADATA").write_text("Metadata-Version: 2.1\nName: trackio\nVersion: 1.0\n")
         (folder / "site/trackio.py").write_text(TRACKER)
         env = {"PYTHONPATH": str(folder / "site"), "TRACKER": str(folder / "tracked.jsonl")}
-        self.finish(self.train("whole", "--logger", "trackio", env=env))
+        command = [sys.executable, ROOT / "train_rl.py", *self.options, "--out", "whole"]
+        subprocess.run(list(map(str, [*command, "--logger", "trackio"])), cwd=folder, check=True,
+                       env=os.environ | env)
 
-    def start(self, *command, env=None):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | (env or {})
-        return subprocess.Popen(list(map(str, command)), cwd=self.folder, env=env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def train(self, out: str, *extra, launcher=(sys.executable,), **kwargs):
-        command = [*launcher, ROOT / "train_rl.py", *self.options, "--out", out, *extra]
-        return self.start(*command, **kwargs)
+    def run(self, script: str, *arguments, code=0) -> str:
+        """Run a script to its exit code; what it says."""
+        given = (ROOT / script, list(map(str, arguments)), self.folder)
+        process = PREPARED.Process(target=run_script, args=given)
+        process.start()
+        process.join(300)
+        errors = (self.folder / "stderr").read_text()
+        assert process.exitcode == code, errors[-3000:]
+        return errors
 
     def hit(self, number: int, phase: str, count: int, share: float | str, *options) -> str:
         """The run, ended by a signal: what it says."""
-        aim = (ROOT / "tests/killed.py", int(number), phase, count, share, self.folder / "hit")
+        aim = (int(number), phase, count, share, self.folder / "hit")
         code = -number if number == signal.SIGKILL else 128 + number
-        return self.finish(self.start(sys.executable, *aim, *self.options, *options), code)
-
-    def finish(self, process, code=0) -> str:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == code, errors[-3000:]
-        return errors
+        return self.run("tests/killed.py", *aim, *self.options, *options, code=code)
 
     def ends_like(self, out: str, other: str) -> None:
         """All that a run leaves, but for times and rates, is equal bit for bit."""
@@ -98,7 +110,7 @@ def test_killed_three_times_it_ends_as_if_nothing_had_been(world):
         resume = ["--resume"] * (kill > 0)
         world.hit(signal.SIGKILL, phase, count, share, "--out", "killed", *resume)
         hits.add((world.folder / "hit").read_text())
-    world.finish(world.train("killed", "--resume"))
+    world.run("train_rl.py", *world.options, "--out", "killed", "--resume")
     world.ends_like("killed", "whole")
     assert hits - {"between the phases"}
 
@@ -118,51 +130,43 @@ def check_saved(world: World, out: str) -> int:
     return steps
 
 
-def goes_on_as_told(world: World, out: str, errors: str) -> None:
-    """By the command it printed, to the end of the uninterrupted run."""
-    (command,) = [line for line in errors.splitlines() if line.endswith("--resume")]
-    assert command.startswith("python ") and f"--out {out}" in command
-    world.finish(world.start(sys.executable, ROOT / "train_rl.py", *command.split()[2:]))
-    world.ends_like(out, "whole")
-
-
 @pytest.mark.parametrize("number,phase,share,steps", [
     (signal.SIGTERM, "collect", "write_turn", 1), (signal.SIGINT, "optimizer_step", 0, 1)])
 def test_stopped_it_loses_no_step_and_says_how_to_go_on(world, number, phase, share, steps):
     """A rollout is dropped; a step whose weights are about to change is finished."""
     errors = world.hit(number, phase, 2, share, "--out", phase)
     assert check_saved(world, phase) == steps
-    goes_on_as_told(world, phase, errors)
+    (line,) = [line for line in errors.splitlines() if line.endswith("--resume")]
+    python, script, *arguments = line.split()  # the command that it printed
+    assert python == "python" and f"--out {phase}" in line
+    world.run(script, *arguments)
+    world.ends_like(phase, "whole")
 
 
-def stop(world: World, out: str, number: int, code: int, **launch) -> str:
-    """Send a signal to a run that has done a few steps; what it says, once it has ended."""
-    process, metrics = world.train(out, **launch), world.folder / out / "metrics.jsonl"
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(world):
+    def start(out, *extra):
+        command = [*TWO_PROCESSES, ROOT / "train_rl.py", *world.options, "--out", out, *extra]
+        return subprocess.Popen(list(map(str, command)), cwd=world.folder, text=True,
+                                stderr=subprocess.PIPE)
+
+    def finish(process, code=0):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == code, errors[-3000:]
+        return errors
+
+    finish(start("whole-by-two"))
+    process, metrics = start("by-two"), world.folder / "by-two/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(random.random() / 2)
-    process.send_signal(number)
-    return world.finish(process, code)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_at_any_instant(world, number):
-    errors = stop(world, number.name, number, 128 + number)
-    check_saved(world, number.name)
-    goes_on_as_told(world, number.name, errors)
-
-
-@pytest.mark.slow
-def test_two_processes_stop_at_the_same_step(world):
-    two = {"launcher": TWO_PROCESSES}
-    world.finish(world.train("whole-by-two", **two))
-    errors = stop(world, "by-two", signal.SIGTERM, 1, **two)  # 1: the launcher's own code
+    process.send_signal(signal.SIGTERM)
+    errors = finish(process, code=1)  # the launcher's own code
     check_saved(world, "by-two")
-    assert "accelerate launch --num_processes 2" in errors
-    world.finish(world.train("by-two", "--resume", **two))
+    assert "accelerate launch --num_processes 2" in " ".join(errors.split())
+    finish(start("by-two", "--resume"))
     world.ends_like("by-two", "whole-by-two")
 
 
@@ -229,18 +233,6 @@ def test_a_full_disk_leaves_what_was_there_and_two_are_kept(tmp_path, capsys):
     words = "step-000006 can't be loaded: .*size mismatch.*step-000005"
     with pytest.raises(UserError, match=words):
         Checkpoints(prepared(48), tmp_path, 1).go_on()
-
-
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    (data := tmp_path / "data").write_text("")
-    s = rl.TrainSettings(data=data, out=tmp_path / "run")
-    with RunFolder(s, {}, data=data) as folder:
-        folder.open()
-    with RunFolder(replace(s, save_every=5, resume=True), {}, data=data):
-        pass
-    with pytest.raises(UserError, match="other settings: lr$"), \
-            RunFolder(replace(s, lr=1e-4, resume=True), {}, data=data):
-        pass
 
 
 def test_a_line_cut_short_is_set_aside(tmp_path):

@@ -28,18 +28,6 @@ def ok(capsys):
     return run
 
 
-@pytest.fixture
-def refused(capsys, monkeypatch):
-    """A command of costs.py ends in one line, before anything is printed."""
-
-    def run(*arguments, says: str) -> None:
-        line = one_line(capsys, monkeypatch, costs, *arguments)
-        assert line.startswith("error: ") and says in line
-        assert capsys.readouterr().out == ""
-
-    return run
-
-
 # ---------------------------------------------------------------- the paper's figures
 
 
@@ -222,28 +210,6 @@ def test_plan_takes_each_option(ok, prices, length, lines):
 # ---------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["plan", "--gpu", "B9000"], "no price for device 'B9000'; known: A100-80GB"),
-    (["plan", "--api", "askme"], "no price for search 'askme'; known: serpapi"),
-    (["plan", "--steps", "0"], "--steps must be above 0, not 0"),
-    (["plan", "--simulator-gpus", "-1"], "--simulator-gpus must be above 0, not -1"),
-    (["plan", "--hours", "nan"], "--hours must be above 0, not nan"),
-    (["plan", "--searches", "many"], "--searches"),
-    (["plan", "--hours", "1", "--seconds-per-step", "1"], "not both"),
-    (["plan", "--utilisation", "40"], "at most 1"),
-    (["plan", "--searches", "1e308"], "--searches must be at most 1e+15"),
-    (["plan", "--steps", "1" + "0" * 400], "--steps must be at most 1e+15"),
-    (["run", "one", "./one"], "a run is named twice"),
-    (["plan", "--gpu", "cpu-core"], "no bf16_tflops"),
-    (["plan", "--prices", "nowhere.toml"], "nowhere.toml"),
-    (["run", "nowhere"], "config.json"),
-    (["run"], "missing: RUNS"),
-    (["pay"], "pay"),
-])
-def test_bad_arguments_are_one_line(refused, arguments, says):
-    refused(*arguments, says=says)
-
-
 @pytest.mark.parametrize(("file", "old", "new", "says"), [
     ("one/metrics.jsonl", "{}", '{"step": 2, "cost/sea', "one/metrics.jsonl:2: not JSON"),
     ("one/metrics.jsonl", "{}", "[1, 2]", "one/metrics.jsonl:2: not a JSON object"),
@@ -266,7 +232,7 @@ def test_bad_arguments_are_one_line(refused, arguments, says):
     ("prices.toml", "[search.serpapi]", "[search.other]",
      "no price for search 'serpapi'; known: other, cheap"),
 ])
-def test_bad_files_are_one_line(refused, tmp_path, prices, file, old, new, says):
+def test_bad_files_are_one_line(capsys, monkeypatch, tmp_path, prices, file, old, new, says):
     folder = write_run(tmp_path / "one", [STEP, {}, STEP])
     path = tmp_path / file
     text = path.read_text(encoding="utf-8")
@@ -274,7 +240,8 @@ def test_bad_files_are_one_line(refused, tmp_path, prices, file, old, new, says)
     if new is not None:
         assert old is ... or old in text
         path.write_text(new if old is ... else text.replace(old, new), encoding="utf-8")
-    refused("run", folder, "--prices", prices, says=says)
+    line = one_line(capsys, monkeypatch, costs, "run", folder, "--prices", prices)
+    assert line.startswith("error: ") and says in line
 
 
 def test_stages_that_prepare_a_run_are_billed_beside_it(ok, tmp_path, prices):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import (FakeEngine, FakeGenerator, command, one_line, plug_engine, plug_generators,
+from helpers import (FakeEngine, FakeGenerator, command, plug_engine, plug_generators,
                      question, read_lines, score_interval)
 
 import evaluate
@@ -831,29 +831,3 @@ def test_whole_batches(tmp_path):
         assert len(whole_batches(file, ids, 4)) == kept
     with pytest.raises(UserError, match="other questions"):
         whole_batches(file, ids[::-1], 4)
-
-
-def test_bad_input_is_one_line(tiny, tmp_path, jsonl, capsys, monkeypatch):
-    """No mistake costs a run its folder, or begins one."""
-    good, answers, others = (jsonl(f"{ids}.jsonl", [question(i, answer="y") for i in ids])
-                             for ids in ("abc", "ab", "ac"))
-    out, fresh = tmp_path / "out", ("run", "--model", tiny, "--out", tmp_path / "out")
-    fresh, without = (*fresh, "--data", good), fresh
-    for expected, args in {
-        "NAME or --data FILE": without,
-        "an id occurs twice": (*fresh, "--data", jsonl("twice.jsonl", [question()] * 2)),
-        "no such file": (*fresh, "--data", tmp_path / "none.jsonl"),
-        "--top-k must be at least 1, not 0": (*fresh, "--top-k", 0),
-        "--limit": (*fresh, "--limit", 0), "holds no run to resume": (*fresh, "--resume"),
-        "can't serve it": (*fresh, "--method", "rag", "--engine", "none"),
-        "needs --simulator": (*fresh, "--engine", "simulator"),
-        "--context-tokens": (*fresh, "--context-tokens", 500),
-        "--method guess: there are agent": (*fresh, "--method", "guess"),
-        "wrong.jsonl:1: answer": ("score", jsonl("wrong.jsonl", [question(answer=3)])),
-        "no row can be used: no golden answer": (
-            "score", jsonl("empty.jsonl", [question(answers=[], answer="y")])),
-        "no field answer": ("score", jsonl("unanswered.jsonl", [question()])),
-        "such as qb": ("compare", answers, others), "not the results of": ("table", tmp_path),
-        "neither metrics.jsonl nor results.json": ("report", tmp_path, "--out", out)}.items():
-        assert expected in one_line(capsys, monkeypatch, evaluate, *args)
-    assert not out.exists()

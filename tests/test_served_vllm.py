@@ -156,15 +156,17 @@ def test_a_signal_ends_the_wait_for_a_step_that_hangs(vllm16, prompts, monkeypat
     assert vllm16.generate(prompts[:1], Sampling(4), [0])[0].ids
 
 
-def test_two_steps_of_training_with_vllm(run_script, tmp_path):
+def test_two_steps_of_training_with_vllm(tmp_path):
     """Policy and simulator both in vLLM, in one process; the sampler stays close to the trainer."""
     rows = random.Random(0).sample(read_jsonl(WORLD / "train.jsonl"), 8)
     write_jsonl(tmp_path / "questions.jsonl", rows)
-    run_script("train_rl.py", "train", "--data", tmp_path / "questions.jsonl", "--simulator",
-               "smollm2", "--generator", "vllm", "--out", tmp_path / "run", "--steps", 2,
-               "--prompts-per-step", 2, "--rollouts", 2, "--max-searches", 1, "--tokens-per-turn",
-               24, "--context-tokens", 512, "--simulator-max-tokens", 32, "--lr", "1e-4",
-               OMP_NUM_THREADS="2", VLLM_CPU_KVCACHE_SPACE="1")
+    options = ["--data", tmp_path / "questions.jsonl", "--out", tmp_path / "run", "--simulator",
+               "smollm2", "--generator", "vllm", "--steps", 2, "--prompts-per-step", 2,
+               "--rollouts", 2, "--max-searches", 1, "--tokens-per-turn", 24, "--context-tokens",
+               512, "--simulator-max-tokens", 32, "--lr", "1e-4"]
+    command = [sys.executable, ROOT / "train_rl.py", "train", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    subprocess.run(list(map(str, command)), env=environment, check=True, timeout=300)
     lines = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert len(lines) == 2
     assert all(np.isfinite(row["loss/policy"]) and row["loss/logprob_gap"] < 0.1 for row in lines)

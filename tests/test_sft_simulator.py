@@ -492,27 +492,3 @@ def test_label_train_probe_run(plug, capsys, monkeypatch, jsonl, tiny, tmp_path)
     command(sim, *probing, "--simulator-words", 12, "--simulator-temperature", 0)
     assert [call.sampling.temperature for call in fake.calls] == [0.3, 0]
     assert ["about 9 words" in fake.prompts[0], "about 12 words" in fake.prompts[8]] == [True, True]
-
-
-@pytest.mark.parametrize("arguments,words", [
-    (["label", "missing.jsonl", "--out", "x"], ["missing.jsonl", "no such file"]),
-    (["label", "broken.jsonl", "--out", "x"], ["broken.jsonl:2", "not JSON"]),
-    (["label", "empty.jsonl", "--out", "x"], ["empty.jsonl", "empty file"]),
-    (["label", "fields.jsonl", "--out", "x"], ["fields.jsonl:1", "golden_answers"]),
-    (["search", "x", "--top-k", "0"], ["--top-k must be at least 1, not 0"]),
-    (["train", "pairs.jsonl", "--model", "no/such-model", "--out", "x"], ["no/such-model"]),
-    (["train", "blank.jsonl", "--out", "x"], ["blank.jsonl:2: prompt and response"]),
-    (["search"], ["missing: QUERY"]),
-    (["search", "x", "--engine", "bing"], ["bing"]),
-])
-def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, words):
-    prompt = {"prompt": "p", "response": "r"}
-    for name, text in {
-        "broken": '{"question": "", "golden_answers": [], "turns": []}\n{"half\n',
-        "empty": "", "fields": '{"question": "q"}\n', "pairs": json.dumps(pair()) + "\n",
-        "blank": "".join(json.dumps(prompt | {"response": text}) + "\n" for text in "r "),
-    }.items():
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    line = one_line(capsys, monkeypatch, sim, *arguments)
-    assert all(word in line for word in words)

@@ -13,7 +13,6 @@ from helpers import (ALGORITHMS, BUDGET, TWO_PROCESSES, command, gradient, quest
                      read_metrics, relative)
 
 import train_rl as rl
-from plumbing.cli import UserError
 from plumbing.models import load_trained
 from plumbing.ranks import balance_over_ranks
 from plumbing.scorer import Critic, TokenScorer
@@ -174,11 +173,3 @@ def test_an_option_goes_before_its_preset(capsys):
     options |= {"gradient_checkpointing": True, "model": "meta-llama/Llama-3.2-3B"}
     assert options.items() <= config.items()
     assert show(capsys)["model"] == "smollm2"  # a preset does not outlive its call
-
-
-@pytest.mark.parametrize(("option", "words"), [
-    ("--preset=paper-gpt-5", ", ".join(PRESETS)), ("--logger=abacus", "tensorboard"),
-    ("--logger=dvclive", "pip install dvclive")])
-def test_bad_presets_and_trackers(option, words):
-    with pytest.raises(UserError, match=words):
-        command(rl, "train", *REQUIRED, option)

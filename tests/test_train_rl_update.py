@@ -1,9 +1,11 @@
 """The update of train_rl.py against slow loops, whole slow steps, TRL's loss; whether it learns."""
 
 import copy
+import functools
 import math
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,10 +395,11 @@ def task(draw, count):
             for i in range(count)]
 
 
-def taught_the_form(tokenizer, folder, draw):
-    """A tiny model that searches, then answers whatever the document says."""
-    sequences = []
-    for row in task(draw, 800):
+@functools.cache
+def taught_the_form(seed):
+    """A tiny model that searches, then answers whatever the document says; the draw after it."""
+    tokenizer, draw, sequences = task_tokenizer(), random.Random(seed), []
+    for row in task(draw, 1600):
         episode = rl.new_episode(row, 0, tokenizer, TASK)
         document = [row["golden_answers"][0] * 8]
         search, answer = (encode(tokenizer, text) for text in (
@@ -406,17 +409,15 @@ def taught_the_form(tokenizer, folder, draw):
         episode.write(answer, [0.0] * len(answer))
         sequences.append(Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), **SIZES)
-    s = sim.TuningSettings(out=folder, lr=1e-2, batch_size=16, batch_tokens=10_000)
-    tune(model, sequences, s)
-    return model
+    tune(model, sequences, sim.TuningSettings(out=Path("x"), epochs=2, lr=1e-2, batch_size=16,
+                                              batch_tokens=10_000))
+    return model, draw
 
 
-def learn(algorithm, seed, folder):
+def learn(algorithm, seed):
     """Mean rewards of the steps, until the last five are above 0.9 or the budget is spent."""
-    torch.manual_seed(seed)
-    tokenizer, draw = task_tokenizer(), random.Random(seed)
+    tokenizer, (model, draw) = task_tokenizer(), copy.deepcopy(taught_the_form(seed))
     s = settings(algorithm=algorithm, rollouts=8, epochs=2, gamma=1.0, gae_lambda=1.0, kl_coef=KL)
-    model = taught_the_form(tokenizer, folder, draw)
     scorer = TokenScorer(model)
     adam = torch.optim.AdamW(scorer.parameters(), lr=LR, weight_decay=0.0)
     trainer = rl.Trainer(Accelerator(cpu=True), scorer, adam)
@@ -442,6 +443,6 @@ def learn(algorithm, seed, folder):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow)
                                        for seed in (1, 2, 3))])
 @pytest.mark.parametrize("algorithm", ("reinforce", "grpo", "ppo", "reinforce++"))
-def test_learns_to_read_what_it_searched(algorithm, seed, tmp_path):
-    rewards = learn(algorithm, seed, tmp_path)
+def test_learns_to_read_what_it_searched(algorithm, seed):
+    rewards = learn(algorithm, seed)
     assert mean(rewards[:5]) < 0.4 and mean(rewards[-5:]) > 0.9, rewards

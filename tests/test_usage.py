@@ -20,6 +20,8 @@ RUN = ["run", "--data", "data.jsonl", "--out", "old", "--overwrite", "--model"]
 SEARCH = ["search", "capital of Peru"]
 LABEL = ["label", "--out", "old/pairs.jsonl"]
 REWORDED = [*RUN, "tiny", "--engine", "none", "--prompts"]
+NEW = ["run", "--data", "data.jsonl", "--model", "tiny", "--out", "new"]
+GONE = [*TRAIN, "--model", "no/such-model"]  # loaded last: any other mistake is said before
 
 WRONG = [
     # the next step
@@ -35,17 +37,66 @@ WRONG = [
     (evaluate, [*REWORDED, "unknown.toml"], "policy.user: unknown {qestion}; there are {question}"),
     (evaluate, [*REWORDED, "lacks.toml"], "policy.user: lacks {question}"),
     (evaluate, [*REWORDED, "table.toml"], "polcy is no table of data/prompts.toml"),
-    (evaluate, [*REWORDED, "flat.toml"], "policy is no table of data/prompts.toml"),
     (evaluate, [*REWORDED, "name.toml"], "no template policy.usr: there are system, user"),
-    (evaluate, [*REWORDED, "number.toml"], "policy.user must be a text"),
     (evaluate, [*REWORDED, "notice.toml"], "policy.notice: unknown {question}; there are none"),
     (evaluate, [*REWORDED, "rag.toml"], "rag.user: lacks {question}"),
     (rl, [*TRAIN, "--prompts", "deaf.toml"], "simulator.system and user and heading: lacks one of"),
     (rl, [*TRAIN, "--prompts", "query.toml"], "lacks {query}"),
     (rl, [*TRAIN, "--prompts", "no.toml"], "no.toml"),
-    # data
-    (rl, [*TRAIN, "--data", "numbers.jsonl"], "numbers.jsonl:1: question must be a text, not 7"),
-    (sim, [*SEARCH, "--corpus", "passages.jsonl"], "passages.jsonl:1: text must be a text, not 7"),
+    # data; more in test_files.py
+    (evaluate, NEW[:1] + NEW[3:], "NAME or --data FILE"),
+    (evaluate, [*NEW, "--data", "none.jsonl"], "none.jsonl: no such file"),
+    (evaluate, [*NEW, "--data", "twice.jsonl"], "an id occurs twice"),
+    (evaluate, ["score", "wrong.jsonl"], "wrong.jsonl:1: answer"),
+    (evaluate, ["score", "goldless.jsonl"], "no row can be used: no golden answer"),
+    (evaluate, ["score", "data.jsonl"], "no field answer"),
+    (evaluate, ["table", "old"], "not the results of"),
+    (evaluate, ["report", "old", "--out", "new"], "neither metrics.jsonl nor results.json"),
+    (sim, [*LABEL, "missing.jsonl"], "missing.jsonl: no such file"),
+    (sim, [*LABEL, "empty.jsonl"], "empty.jsonl: empty file"),
+    (sim, [*LABEL, "data.jsonl"], "data.jsonl:1: no field turns"),
+    (sim, ["train", "blank.jsonl", "--out", "new"], "blank.jsonl:2: prompt and response"),
+    (sim, ["train", "pairs.jsonl", "--model", "no/such-model", "--out", "new"], "no/such-model"),
+    (rl, [*TRAIN, "--prompts-per-step", 65], "64 questions are too few for a step"),
+    # options that are out of bounds, or do not go together
+    (rl, [*GONE, "--p-start", 1.5], "--p-start must be at least 0 and at most 1, not 1.5"),
+    (rl, [*GONE, "--top-k", 0], "--top-k must be at least 1, not 0"),
+    (rl, [*GONE, "--base", 0], "--base must be above 0, not 0"),
+    (rl, [*GONE, "--lr", -1], "--lr must be above 0, not -1"),
+    (rl, [*GONE, "--clip-low", -0.1], "--clip-low"),
+    (rl, [*GONE, "--steps", 0], "--steps"),
+    (rl, [*GONE, "--context-tokens", 10], "--context-tokens"),
+    (rl, [*GONE, "--rollouts", 1], "grpo compares the rollouts"),
+    (rl, [*GONE, "--rollouts", 1, "--algorithm", "reinforce"], "reinforce compares the rollouts"),
+    (rl, [*GONE, "--eval-every", 2], "--eval-data"),
+    (rl, [*GONE, "--keep-best"], "no best policy"),
+    (rl, [*GONE, "--eval-every", 2, "--eval-data", "x", "--eval-engine", "http"],
+     "--eval-engine http needs --url"),
+    (rl, GONE, "no/such-model"),
+    (rl, [*TRAIN[:5], "--out", "new"], "--simulator"),
+    (rl, [*GONE, "--logger", "abacus"], "tensorboard"),
+    (rl, [*GONE, "--logger", "dvclive"], "pip install dvclive"),
+    (evaluate, [*NEW, "--top-k", 0], "--top-k must be at least 1, not 0"),
+    (evaluate, [*NEW, "--limit", 0], "--limit"),
+    (evaluate, [*NEW, "--resume"], "holds no run to resume"),
+    (evaluate, [*NEW, "--method", "rag", "--engine", "none"], "can't serve it"),
+    (evaluate, [*NEW, "--engine", "simulator"], "needs --simulator"),
+    (evaluate, [*NEW, "--context-tokens", 500], "--context-tokens"),
+    (evaluate, [*NEW, "--method", "guess"], "--method guess: there are agent"),
+    (sim, [*SEARCH, "--top-k", 0], "--top-k must be at least 1, not 0"),
+    (sim, [*SEARCH, "--engine", "bing"], "bing"),
+    (costs, ["plan", "--gpu", "B9000"], "no price for device 'B9000'; known: A100-80GB"),
+    (costs, ["plan", "--api", "askme"], "no price for search 'askme'; known: serpapi"),
+    (costs, ["plan", "--steps", 0], "--steps must be above 0, not 0"),
+    (costs, ["plan", "--simulator-gpus", -1], "--simulator-gpus must be above 0, not -1"),
+    (costs, ["plan", "--hours", "nan"], "--hours must be above 0, not nan"),
+    (costs, ["plan", "--hours", 1, "--seconds-per-step", 1], "not both"),
+    (costs, ["plan", "--utilisation", 40], "at most 1"),
+    (costs, ["plan", "--searches", "1e308"], "--searches must be at most 1e+15"),
+    (costs, ["plan", "--steps", "1" + "0" * 400], "--steps must be at most 1e+15"),
+    (costs, ["plan", "--gpu", "cpu-core"], "no bf16_tflops"),
+    (costs, ["plan", "--prices", "nowhere.toml"], "nowhere.toml"),
+    (costs, ["run", "old", "./old"], "a run is named twice"),
     # options that would do nothing
     (rl, [*TRAIN, "--gamma", 0.9], "--gamma has no effect with --algorithm grpo"),
     (rl, [*TRAIN, "--critic", "tiny"], "--critic has no effect with --algorithm grpo"),
@@ -95,15 +146,19 @@ def workplace(tmp_path, monkeypatch, jsonl, tiny):
         (tmp_path / folder / "config.json").write_text('{"settings": {}}')
     (tmp_path / "tiny").symlink_to(tiny)
     jsonl("data.jsonl", [question(i) for i in range(64)])
-    jsonl("numbers.jsonl", [question() | {"question": 7}])
-    jsonl("passages.jsonl", [{"title": "Peru", "text": 7}])
+    jsonl("twice.jsonl", [question()] * 2)
+    jsonl("wrong.jsonl", [question(answer=3)])
+    jsonl("goldless.jsonl", [question(answers=[], answer="y")])
+    jsonl("empty.jsonl", [])
+    jsonl("pairs.jsonl", [pair := {"prompt": "p", "response": "r"}])
+    jsonl("blank.jsonl", [pair, pair | {"response": " "}])
+    jsonl("passages.jsonl", [{"title": "Peru", "text": "Lima"}])
     jsonl("silent.jsonl", [trajectory(None, [])] * 2)
     jsonl("lucky.jsonl", [trajectory("q", ["gold", "b", "c"])])
     simulator = '[simulator]\nsystem = ""\nheading = ""\nuser = '
     for name, toml in {
             "unknown": '[policy]\nuser = "{qestion}"', "lacks": '[policy]\nuser = "Answer!"',
-            "table": '[polcy]\nuser = "{question}"', "flat": 'policy = "{question}"',
-            "name": '[policy]\nusr = "{question}"', "number": "[policy]\nuser = 7",
+            "table": '[polcy]\nuser = "{question}"', "name": '[policy]\nusr = "{question}"',
             "notice": '[policy]\nnotice = "No, {question}"', "rag": '[rag]\nuser = "{documents}"',
             "deaf": simulator + '"{query}"', "query": simulator + '"{quality} {question}"'}.items():
         (tmp_path / f"{name}.toml").write_text(toml)
