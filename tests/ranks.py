@@ -1,6 +1,8 @@
 """What test_train_rl_ranks.py runs on two ranks: `ranks.py OUT ...` writes OUT, a torch file, then
 runs `train_rl.py ...`."""
 
+import os
+import signal
 import sys
 import weakref
 from pathlib import Path
@@ -24,6 +26,7 @@ from plumbing.models import named_weights
 from plumbing.ranks import split
 from plumbing.rates import PhaseClock
 from plumbing.scorer import Critic, Sequence, TokenScorer
+from plumbing.signals import Signals
 
 CASES = [(dtype, changes) for dtype in (torch.float64, torch.float32) for changes in ALGORITHMS]
 
@@ -75,24 +78,40 @@ def supervised():
     return loss, torch.cat([p.grad.flatten() for p in scorer.parameters()])
 
 
-def answered():
-    """The ids of an evaluation's records, and of the questions that this rank was asked."""
-    row, mine = {"question": "?", "golden_answers": ["x"], "sample": 0}, []
+def answered(folder):
+    """An evaluation of five questions: what it makes, and those that this rank was asked."""
+    rows, mine = [{"id": str(i), "question": "?", "golden_answers": ["x"]} for i in range(5)], []
 
     def method(share, setup):
         mine.extend(row["id"] for row in share)
         return list(map(evaluate.blank_episode, share))
 
-    rows = [row | {"id": str(i)} for i in range(5)]
-    records = evaluate.answer_batch(rows, method, None, Accelerator(cpu=True))
-    return [record["id"] for record in records], mine
+    evaluate.METHODS["blank"] = method
+    s = evaluate.RunSettings(model="m", data=folder, out=folder, method="blank", engine="none")
+    rows = [row | {"sample": 0} for row in rows]
+    return evaluate.answer_all(rows, s, None, Accelerator(cpu=True))["n"], mine
+
+
+def signalled(rank: int) -> int:
+    """The signal at which this rank stops; rank 1 alone gets one."""
+    signals = Signals()
+    try:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        signals.agree()
+        return 0
+    except KeyboardInterrupt:
+        return signals.number
+    finally:
+        signals.restore()
 
 
 def main(out: str, *command: str) -> None:
     rank = Accelerator(cpu=True).process_index
     results = {"ddp": [gradient(episodes(rank), dtype, batch_tokens=40, **changes)
                        for dtype, changes in CASES], "supervised": supervised(),
-               "answered": answered(), "mini-batch": mini_batch(rank)}
+               "answered": answered(Path(out).parent), "mini-batch": mini_batch(rank),
+               "signal": signalled(rank)}
     trainer, metrics = step(*episodes(rank, 4), init_device_mesh("cpu", (2,)))
     parameters = [*trainer.policy.parameters(), *trainer.critic.parameters()]
     mine = sum(p.to_local().numel() for p in parameters)  # only a DTensor has this

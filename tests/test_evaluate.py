@@ -774,26 +774,6 @@ def without_seconds(out: Path) -> tuple[list[dict], dict]:
     return records, results
 
 
-@pytest.mark.parametrize("method", ["rag", "agent"])
-def test_resumed_run_ends_like_an_uninterrupted_one(asking, tmp_path, method):
-    """Cut within a batch's line, between two batches, within the first line."""
-    out = tmp_path / method
-    run = [*asking, "--method", method, "--out", out, "--limit", 100, "--seed", 3, "--batch-size",
-           16, "--tokens-per-turn", 6, "--max-searches", 1, "--context-tokens", 512]
-    command(evaluate, *run)
-    whole, results = without_seconds(out)
-    assert len(whole) == len({record["id"] for record in whole}) == results["n"] == 100
-    before = (predictions := out / "predictions.jsonl").read_bytes()
-    ends = [i + 1 for i, byte in enumerate(before) if byte == ord("\n")]
-    for cut in (ends[40] + 17, ends[31], 5):
-        predictions.write_bytes(before[:cut])
-        (out / "results.json").unlink()
-        command(evaluate, *run, "--resume")
-        assert without_seconds(out) == (whole, results)
-    # The last cut left nothing: all was run again, in other seconds.
-    assert before.splitlines()[0] != predictions.read_bytes().splitlines()[0]
-
-
 def test_a_killed_run_resumes_to_the_same_results(asking, tmp_path):
     """SIGKILL at a random moment of the answering; results/kills/run.py does more of it."""
     run = [*asking, "--limit", 24, "--method", "ra-agent", "--max-searches", 2,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import tomllib
 
@@ -20,12 +21,12 @@ from plumbing.text import ROOT
 
 
 def training(folder, policy) -> list:
-    """A step of `train` on two questions; its run goes to folder/run."""
-    rows = [json.dumps(question(i, hops=1 + i)) + "\n" for i in range(2)]
+    """A step of `train` on four questions; its run goes to folder/run."""
+    rows = [json.dumps(question(i)) + "\n" for i in range(4)]
     (folder / "data.jsonl").write_text("".join(rows))
     return ["train", "--data", folder / "data.jsonl", "--model", policy, "--out", folder / "run",
-            *BUDGET, "--engine", "none", "--lr", "1e-4", "--rollouts", 4, "--batch-tokens", 450,
-            "--steps", 1]
+            *BUDGET, "--engine", "none", "--lr", "1e-4", "--prompts-per-step", 4,
+            "--batch-tokens", 450, "--steps", 1]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,14 @@ def test_two_ranks_tune_like_one(two_ranks):
 
 
 def test_two_ranks_answer_a_question_each(two_ranks):
-    assert two_ranks["answered"] == (list("01234"), list("024"))
+    """Each question is recorded once, in the order of the data."""
+    assert two_ranks["answered"] == (5, list("024"))
+    records = read_lines(two_ranks["run"].with_name("predictions.jsonl"))
+    assert [record["id"] for record in records] == list("01234")
+
+
+def test_a_signal_to_one_rank_stops_both(two_ranks):
+    assert two_ranks["signal"] == signal.SIGTERM
 
 
 def test_two_shards_make_the_step_of_one(two_ranks):
