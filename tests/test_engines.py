@@ -1,7 +1,6 @@
 """Engines: BM25, retrieval servers and SerpApi; hostile text; rollouts through failing searches."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
@@ -25,11 +23,9 @@ import evaluate
 import sft_simulator as sim
 import train_rl as rl
 from plumbing import web
-from plumbing.cli import UserError
 from plumbing.engines import (DOCUMENT_CHARACTERS, ENGINES, QUERY_CHARACTERS, BM25Engine, Engine,
                               SearchRequest, SearchResult, checksums_fit)
 from plumbing.files import append_jsonl
-from plumbing.metrics import rollout_metrics
 from plumbing.remote import RetryPolicy, in_threads
 from plumbing.text import ROOT, clean
 from plumbing.web import HTTPEngine, SerpApiEngine
@@ -363,63 +359,6 @@ def test_hostile_documents_come_as_short_lines_of_valid_unicode(serve, http_engi
     assert len((tmp_path / "episodes.jsonl").read_bytes().splitlines()) == 1
 
 
-def hash_reply(prompt, seed):
-    """A turn that is a function of (prompt, seed): a search, an answer or nonsense."""
-    draw = random.Random(hashlib.sha256(repr((prompt, seed)).encode()).digest())
-    number = draw.randrange(1000)
-    return draw.choice([f"<search> query {number} </search>"] * 3
-                       + [f"<answer> {number} </answer>", "hm"])
-
-
-def play_64(tokenizer, engine, concurrent):
-    episodes = [rl.new_episode(question(i // 4), i % 4, tokenizer, PROMPTS) for i in range(64)]
-    limits = rl.EpisodeSettings(max_searches=4, tokens_per_turn=64, context_tokens=4000,
-                                observation_tokens=300)
-    setup = rl.Setup(FakeGenerator(tokenizer, hash_reply, concurrent), engine, PROMPTS, limits, 5)
-    rl.rollout(episodes, setup, noise=0.3, step=2)
-    return episodes
-
-
-TRANSIENT = [lambda handler: handler.reply({}, 500), lambda handler: handler.reply(b"<html>busy"),
-             lambda handler: handler.break_off(),
-             lambda handler: setattr(handler, "close_connection", True),
-             lambda handler: handler.reply({}, 429, Retry_After="soon")]
-
-
-def test_64_episodes_are_those_of_a_sound_server_or_left_out(serve, http_engine, tokenizer):
-    """Threads change nothing, nor does a tenth of the calls that fails for once; a search that
-    fails for good costs its own episode alone."""
-    draw, failed = random.Random(0), Counter()
-
-    def unsteady(handler, body):
-        if draw.random() >= 0.1:
-            return searcher(handler, body)
-        failed["calls"] += 1
-        TRANSIENT[failed["calls"] % len(TRANSIENT)](handler)
-
-    def bad(handler, body):
-        handler.reply({}, 400) if "7" in body["query"] else searcher(handler, body)
-
-    def played(behave, concurrent=True):
-        engine = http_engine(serve(behave).url, retry_policy=STEADY)
-        episodes = play_64(tokenizer, engine, concurrent)
-        return episodes, [episode.record() for episode in episodes]
-
-    sound, expected = played(searcher, False)
-    assert played(unsteady)[1] == expected
-    assert failed["calls"] >= 5 and sum(e.searches for e in sound) > 64
-    episodes, seen = played(bad)
-    lost, kept = ([e for e in episodes if (e.end == "failed") == end] for end in (True, False))
-    assert 0 < len(lost) < 64 and all("HTTP 400" in e.error and not e.scores for e in lost)
-    assert all(e.end == "failed" or was == is_now
-               for e, was, is_now in zip(episodes, expected, seen))
-    for episode in kept:
-        rl.score(episode)
-    metrics = rollout_metrics(episodes, 4)
-    assert metrics["search/failed"] == len(lost)
-    assert metrics["reward/answered"] == np.mean([e.answer is not None for e in kept])
-
-
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
 def test_a_failed_episode_takes_no_part_in_the_update(algorithm):
     episodes = saved_episodes(count=8)
@@ -438,21 +377,6 @@ def test_no_method_answers_for_an_episode_whose_search_failed(tokenizer, method)
     setup = rl.Setup(generator, engine, PROMPTS, LIMITS)
     (episode,) = evaluate.METHODS[method]([question()], setup)
     assert episode.end == "failed" and episode.answer is None and episode.error == "HTTP 400"
-
-
-@pytest.mark.parametrize("module,arguments", [
-    (sim, ["search", "x"]),
-    (rl, ["train", "--data", "x", "--out", "x"]),
-    (evaluate, ["run", "--model", "x", "--benchmark", "world", "--out", "x"]),
-    (evaluate, ["ask", "x?", "--model", "x"]),
-], ids=["search", "train", "run", "ask"])
-def test_an_engine_that_lacks_something_is_refused_at_once(monkeypatch, module, arguments):
-    monkeypatch.delenv("SERPAPI_API_KEY", raising=False)
-    for options, words in ((["--engine", "http"], "needs --url"),
-                           (["--engine", "http", "--url", "localhost"], "needs --url"),
-                           (["--engine", "serpapi"], "SERPAPI_API_KEY")):
-        with pytest.raises(UserError, match=words):
-            command(module, *arguments, *options)
 
 
 @pytest.mark.parametrize("name", ["bm25", "http", "serpapi"])

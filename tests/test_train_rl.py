@@ -898,16 +898,12 @@ def test_a_prompt_without_room_for_a_turn_is_refused_before_the_run(train, tmp_p
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("engine,words", [
-    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
-    ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 2"),
-])
-def test_engines_with_an_update_of_their_own_are_refused(capsys, monkeypatch, data, tiny, tmp_path,
-                                                         engine, words):
-    for name, value in engine.items():
-        monkeypatch.setenv(name, value)
-    arguments = options(data, tiny, tmp_path / "run", "--engine", "none")
-    assert words in one_line(capsys, monkeypatch, rl, *arguments)
+def test_engines_with_an_update_of_their_own_are_refused(capsys, monkeypatch, data, tiny, tmp_path):
+    for name, words in (("DEEPSPEED", "DEEPSPEED is not supported"), ("FSDP", "fsdp_version: 2")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{name}", "true")
+            arguments = options(data, tiny, tmp_path / "run", "--engine", "none")
+            assert words in one_line(capsys, patch, rl, *arguments)
     assert not (tmp_path / "run").exists()
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from helpers import ROOT, one_line, question, trajectory
+from helpers import ROOT, data_script, one_line, question, trajectory
 from rich.console import Console
 
 import costs
@@ -13,6 +13,7 @@ import sft_simulator as sim
 import train_rl as rl
 from plumbing import cli, models, text
 
+WORLD, SCRIPTED = data_script("world"), data_script("scripted")
 TRAIN = ["train", "--data", "data.jsonl", "--model", "tiny", "--simulator", "tiny",
          "--out", "old", "--overwrite"]
 REAL = [part for part in TRAIN if part not in ("--simulator",)][:5] + [*TRAIN[7:], "--engine"]
@@ -97,6 +98,15 @@ WRONG = [
     (costs, ["plan", "--gpu", "cpu-core"], "no bf16_tflops"),
     (costs, ["plan", "--prices", "nowhere.toml"], "nowhere.toml"),
     (costs, ["run", "old", "./old"], "a run is named twice"),
+    (SCRIPTED, ["--hops", -1, 2, 3, "--out", "new"], "--hops"),
+    (WORLD, ["check", "--out", "old"], "passages.jsonl"),
+    # engines that lack something
+    (sim, [*SEARCH, "--engine", "http"], "needs --url"),
+    (sim, [*SEARCH, "--engine", "http", "--url", "localhost"], "needs --url"),
+    (sim, [*SEARCH, "--engine", "serpapi"], "SERPAPI_API_KEY"),
+    (rl, [*REAL, "http"], "needs --url"),
+    (evaluate, [*NEW, "--engine", "http"], "needs --url"),
+    (evaluate, ["ask", "x?", "--model", "tiny", "--engine", "http"], "needs --url"),
     # options that would do nothing
     (rl, [*TRAIN, "--gamma", 0.9], "--gamma has no effect with --algorithm grpo"),
     (rl, [*TRAIN, "--critic", "tiny"], "--critic has no effect with --algorithm grpo"),
@@ -137,6 +147,7 @@ WRONG = [
 def workplace(tmp_path, monkeypatch, jsonl, tiny):
     """A working directory with a finished run, data and templates."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SERPAPI_API_KEY", raising=False)
     for module in (models, text):  # `make demo` would leave its runs here
         monkeypatch.setattr(module, "ROOT", tmp_path)
     for folder in ("old/model", "trained/model", "runs/demo/after-rl/model"):

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 
 import pytest
-from helpers import command, data_script, one_line, read_lines
+from helpers import command, data_script, read_lines
 
 from plumbing.text import ROOT
 
@@ -48,15 +48,6 @@ def test_build_repeats_the_committed_bytes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == names and len(names) == 5
     for name in names:
         assert (tmp_path / name).read_bytes() == (WORLD / name).read_bytes(), name
-
-
-def test_user_errors_are_one_line(capsys, monkeypatch, tmp_path):
-    world, scripted = data_script("world"), data_script("scripted")
-    for module, says, arguments in (
-            (world, "error:", ["check", "--out", tmp_path]),
-            (scripted, "error: --hops", ["--hops", -1, 2, 3, "--out", tmp_path / "out"])):
-        assert one_line(capsys, monkeypatch, module, *arguments).startswith(says)
-    assert not (tmp_path / "out").exists()
 
 
 def test_counts_and_schema():
