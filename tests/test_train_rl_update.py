@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -361,8 +362,10 @@ def taught_the_form(seed):
         episode.write(answer, [0.0] * len(answer))
         sequences.append(Sequence(episode.ids, episode.mask))
     model = make_model(len(tokenizer), **SIZES)
-    tune(model, sequences, sim.TuningSettings(out=Path("x"), epochs=2, lr=1e-2, batch_size=16,
-                                              batch_tokens=10_000))
+    with TemporaryDirectory() as folder:
+        s = sim.TuningSettings(out=Path(folder), epochs=2, lr=1e-2, batch_size=16,
+                               batch_tokens=10_000)
+        tune(model, sequences, s)
     return model, draw
 
 
