@@ -510,6 +510,7 @@ def test_every_draw_has_its_own_seed(train):
     assert seeds[0] == seeds[1] and not set(seeds[0]) & set(seeds[2])
     assert again.episodes == run.episodes and qualities(other) != qualities(run)
     assert {len(call.prompts) for call in again.policy.calls} == {1}  # a thread an episode
+    assert all(row["time/rollout"] > 0 for row in again.all)
     assert torch.initial_seed() == 1  # torch's own draws start there too
 
 
