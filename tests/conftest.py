@@ -18,6 +18,7 @@ from helpers import (PROMPTS, PlainSGD, Server, make_model,  # noqa: E402
 
 import sft_simulator as sim  # noqa: E402
 import train_rl as rl  # noqa: E402
+from plumbing.engines import ENGINES  # noqa: E402
 from plumbing.models import save_model  # noqa: E402
 from plumbing.scorer import Sequence  # noqa: E402
 from plumbing.text import encode  # noqa: E402
@@ -56,9 +57,12 @@ def policy(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """No test inherits another's signal handlers, nor Accelerate's state of the process."""
+    """No test inherits another's signal handlers, engines, or Accelerate's state."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    engines = dict(ENGINES)  # a chapter that is run as a script registers its own anew
     yield
+    ENGINES.clear()
+    ENGINES.update(engines)
     AcceleratorState._reset_state(reset_partial_state=True)
     for number, handler in handlers.items():
         signal.signal(number, handler)

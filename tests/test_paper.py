@@ -9,7 +9,7 @@ from helpers import BUDGET, ROOT, command, question, read_lines
 import evaluate
 import train_rl as rl
 from plumbing.cli import UserError
-from plumbing.engines import ENGINES, SearchRequest, SearchResult
+from plumbing.engines import SearchRequest, SearchResult
 from plumbing.files import write_json, write_jsonl
 from plumbing.runfolder import Lock
 
@@ -59,7 +59,6 @@ def paper(monkeypatch, tmp_path):
     monkeypatch.setattr(scripts["run"], "call", call)
     scripts["run"].calls = calls
     yield scripts
-    ENGINES.pop("bm25-noisy", None)
     for name in set(scripts) & set(sys.modules) - before:
         del sys.modules[name]
 
