@@ -38,6 +38,7 @@ def main(out: Out = HERE) -> None:
     by_arm: dict[str, list[Cell]] = {}
     for cell in (everything := list_cells([], [], out)):
         by_arm.setdefault(cell.arm.name, []).append(cell)
+    out.mkdir(parents=True, exist_ok=True)
     draw_curves(by_arm, out / "curves.png")
     parts = [
         "# The paper in miniature",
