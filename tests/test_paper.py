@@ -1,6 +1,7 @@
 """results/paper: every arm is a valid run, a killed driver goes on, the page is of the files."""
 
 import importlib
+import statistics
 import sys
 
 import pytest
@@ -87,10 +88,31 @@ def test_arms_and_claims_are_valid(paper, monkeypatch):
             assert arm.method in evaluate.METHODS
     demo = (ROOT / "results/demo/run.sh").read_text(encoding="utf-8")
     assert f"--p-end {arms['falling'].train['p_start']}" in demo  # the rising noise, backwards
+    assert f"--words {arms['prompted'].train['simulator_words']} " in demo
     for claim in table["claims"]:
         assert {claim["better"], claim["than"]} <= set(arms)
         assert paper["page"].verdict(claim["rule"], 1, 2, 5.0) == "agrees"
         assert all(paper["page"].published(path) > 0 for path in claim.get("paper", ()))
+
+
+@pytest.mark.parametrize(("name", "test", "engine"), [
+    ("zerosearch", "clean", "bm25"), ("zerosearch", "noisy", "bm25-noisy"),
+    ("r1", "clean", "none")])
+def test_an_arm_is_tested_within_the_demos_limits(paper, monkeypatch, name, test, engine):
+    monkeypatch.setattr(paper["arms"], "ARMS", FOLDER / "arms.toml")
+    arm = paper["arms"].read_arms()[0][name]
+    limits = {"top_k": 3, "max_searches": 4, "tokens_per_turn": 64, "context_tokens": 1024,
+              "observation_tokens": 200, "generator": "hf"}
+    _, _, *options = paper["run"].test_command(arm, test, "MODEL", ROOT / "x", limits)
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    expected = {"--" + key.replace("_", "-"): str(value) for key, value in limits.items()}
+    assert given == expected | {"--method": "agent", "--model": "MODEL", "--benchmark": "world",
+                                "--engine": engine, "--limit": "300", "--out": str(ROOT / "x")}
+
+
+def test_seeds_are_of_trained_arms(paper, tmp_path):
+    cells = paper["arms"].list_cells([], [7], tmp_path)
+    assert [cell.name for cell in cells] == ["zero-7", "real-7", "direct-0"]
 
 
 def test_a_stopped_driver_goes_on_where_it_was(paper, demo, tmp_path, monkeypatch):
@@ -118,17 +140,26 @@ def test_a_stopped_driver_goes_on_where_it_was(paper, demo, tmp_path, monkeypatc
     assert len(run.calls) == 4  # nothing is missing
 
 
-def test_two_drivers_never_play_the_same_arm(paper, demo, tmp_path, capsys):
+def test_two_drivers_never_play_the_same_arm(paper, demo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(paper["run"], "peak_flops", lambda device: 1e6)
     held = Lock(tmp_path / "runs/zero-0.lock")
     command(paper["run"], "zero", "--out", tmp_path / "out")
     held.release()
-    assert "zero-0: " in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    rows = read_lines(tmp_path / "demo/policy/metrics.jsonl")
+    work = statistics.median(row["time/step"] * row["rate/update_tflops"] * 1e12 / row["rate/mfu"]
+                             for row in rows)
+    assert (f"2 arms and seeds: 4 optimisation steps, some {4 * work / 1e6 / 3600:.1f} hours at "
+            "this machine's 0.00 TFLOP/s, and 4 tests") in told and work > 1e8
+    assert "zero-0: " in told
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"zero-1"}
 
 
 def keep(out, cell, right, test="clean", questions=10):
     rows = [question(i, answer="Lima" if i in right else "Rome", hops=1, end="answered", searches=1,
                      tokens=5, seconds=0.1) for i in range(questions)]
+    rows.append(question(questions, answer=None, hops=1, end="failed", searches=0, tokens=0,
+                         seconds=0.1))  # says nothing of the policy
     write_jsonl(out / cell / f"{test}.jsonl", rows)
 
 
