@@ -56,7 +56,7 @@ from plumbing.formats import documents_read, read_paired, read_predictions, read
 from plumbing.generate import Sampling, attempt
 from plumbing.intervals import mean_interval, paired_interval, sign_flip_p
 from plumbing.page import (Aloud, coloured, cost_section, episodes_section, evaluation_section,
-                           paired_sentence, print_beside_paper, read_held_out, run_names,
+                           paired_sentences, print_beside_paper, read_held_out, run_names,
                            show_summary, simulator_section, time_section, training_section)
 from plumbing.runfolder import FolderSettings, RunFolder, begun, is_run
 from plumbing.served import load_generator
@@ -623,8 +623,8 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Report"]
     if evaluations:
-        difference = paired_sentence(evaluations, names, paired_difference)
-        parts += evaluation_section(evaluations, difference, out)
+        differences = paired_sentences(evaluations, names, paired_difference)
+        parts += evaluation_section(evaluations, differences, out)
         parts += episodes_section([names[name] for name, r in evaluations.items()
                                    if r["method"] == "agent"])
     if trainings:
@@ -632,7 +632,7 @@ def report(
         parts += training_section(trainings, read_held_out(folders), out)
         parts += simulator_section(folders)
         parts += cost_section(*costs.run_bills({name: names[name] for name in stages}), out)
-    parts += time_section(seconds, out / "seconds.txt")
+    parts += time_section(seconds, trainings, out / "seconds.txt")
     parts += [f"Made by `{shlex.join(['python', 'evaluate.py', *sys.argv[1:]])}`."]
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     console.print(f"report: {out / 'report.md'}")

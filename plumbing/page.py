@@ -95,9 +95,9 @@ def run_names(runs: list[Path]) -> dict[str, Path]:
             for folder, run in zip(folders, runs)}
 
 
-def evaluation_section(evaluations: dict[str, dict], difference: str | None,
+def evaluation_section(evaluations: dict[str, dict], differences: list[str],
                        out: Path) -> list[str]:
-    """Tables by run and by hops, a sentence on a paired difference, and the bars.
+    """Tables by run and by hops, sentences on paired differences, and the bars.
 
     evaluations: results.json by the run's name."""
     header = ["run", "benchmark", "method", "engine", "n", "EM, %", "F1, %", "cover-EM, %",
@@ -112,13 +112,15 @@ def evaluation_section(evaluations: dict[str, dict], difference: str | None,
              "of a proportion, else the bootstrap's.",
              markdown_table(header, rows, text_columns=4)]
     parted = {name: r["by_hops"] for name, r in evaluations.items() if r.get("by_hops")}
-    if hops := sorted({hop for by_hops in parted.values() for hop in by_hops}):
-        rows = [[name, *(f"{with_interval(found[hop]['em'])}, n {found[hop]['n']}" if hop in found
-                         else "-" for hop in hops)]
+    hops = sorted({hop for by_hops in parted.values() for hop in by_hops})
+    for title, metric, digits in (("EM, %", "em", 1), ("searches", "searches", 2)):
+        rows = [[name, *(f"{with_interval(found[hop][metric], digits)}, n {found[hop]['n']}"
+                         if metric in found.get(hop, {}) else "-" for hop in hops)]
                 for name, found in parted.items()]
-        parts.append(markdown_table(["EM, %, by number of hops", *hops], rows))
+        if any(cell != "-" for _, *cells in rows for cell in cells):
+            parts.append(markdown_table([f"{title}, by number of hops", *hops], rows))
     draw_em(evaluations, out / "em.png")
-    parts += [*([difference] if difference else []), "![Exact match by method](em.png)"]
+    parts += [*differences, "![Exact match by method](em.png)"]
     agents = {name: by_hops for name, by_hops in parted.items()
               if evaluations[name]["method"] == "agent"}
     if agents and all("searches" in part for found in agents.values() for part in found.values()):
@@ -127,27 +129,33 @@ def evaluation_section(evaluations: dict[str, dict], difference: str | None,
     return parts
 
 
-def paired_sentence(evaluations: dict[str, dict], names: dict[str, Path],
-                    paired_difference: Callable[[Path, Path], dict]) -> str | None:
-    """The difference of two agents in words, or why there is none; None for one agent, or three."""
+def paired_sentences(evaluations: dict[str, dict], names: dict[str, Path],
+                     paired_difference: Callable[[Path, Path], dict]) -> list[str]:
+    """The difference of each later agent from the first one in words, or why there is none."""
     agents = [name for name, r in evaluations.items() if r["method"] == "agent"]
-    if len(agents) != 2:
-        return None
-    a, b = agents
-    try:
-        result = paired_difference(names[a], names[b])
-    except UserError as error:  # it alone needs predictions.jsonl
-        return f"No paired difference of {a} and {b}: {error}."
-    em, f1 = (f"{d['difference']:+.1f} points (95 % interval {d['low']:+.1f} to {d['high']:+.1f}, "
-              f"p = {d['p']:.4f}: {d['verdict']})" for d in (result["em"], result["f1"]))
-    return f"The same {result['n']} questions, **{b}** minus **{a}**: EM {em}, F1 {f1}."
+    sentences = []
+    for b in agents[1:]:
+        a = agents[0]
+        try:
+            result = paired_difference(names[a], names[b])
+        except UserError as error:  # it alone needs predictions.jsonl
+            sentences.append(f"No paired difference of {a} and {b}: {error}.")
+            continue
+        em, f1 = (f"{d['difference']:+.1f} points (95 % interval {d['low']:+.1f} to "
+                  f"{d['high']:+.1f}, p = {d['p']:.4f}: {d['verdict']})"
+                  for d in (result["em"], result["f1"]))
+        sentences.append(f"The same {result['n']} questions, **{b}** minus **{a}**: "
+                         f"EM {em}, F1 {f1}.")
+    return sentences
 
 
 def episodes_section(agents: list[Path]) -> list[str]:
     """Whole episodes of the same questions in two runs, one of them a failure if there is any.
 
-    agents: folders of evaluations; if they are not two, with their predictions: no section."""
-    if len(agents) != 2 or not all((run / "predictions.jsonl").exists() for run in agents):
+    agents: folders of evaluations; of more than two, the first two. If there are not two, with
+    their predictions: no section."""
+    agents = agents[:2]
+    if len(agents) < 2 or not all((run / "predictions.jsonl").exists() for run in agents):
         return []
     parts = []
     for kind, pair in telling_pairs(*map(read_episodes, agents)).items():
@@ -158,12 +166,16 @@ def episodes_section(agents: list[Path]) -> list[str]:
 
 
 def simulator_section(runs: dict[str, Path]) -> list[str]:
-    """What the simulators of training runs wrote, asked for useful and for noisy documents."""
-    parts = []
+    """What each simulator wrote, asked for useful and for noisy documents, in the first training
+    run with it."""
+    parts, shown = [], set()
     for name, run in runs.items():
-        engine = read_config(run)["settings"].get("engine") if is_run(run) else None
-        if engine != "simulator" or not (run / "episodes.jsonl").exists():
+        settings = read_config(run)["settings"] if is_run(run) else {}
+        simulator = settings.get("simulator")
+        if (settings.get("engine") != "simulator" or simulator in shown
+                or not (run / "episodes.jsonl").exists()):
             continue
+        shown.add(simulator)
         for quality, samples in simulated_samples(read_episodes(run)).items():
             if samples:
                 text = "\n\n".join(samples)
@@ -213,15 +225,20 @@ def cost_section(bills: dict[str, dict], notes: list[str], out: Path) -> list[st
             "prices of data/prices.toml.", *notes]
 
 
-def time_section(seconds: dict[str, float], written: Path) -> list[str]:
-    """Seconds of every stage: those that make has written, else those of steps and answers."""
+def time_section(seconds: dict[str, float], trainings: dict[str, list[dict]],
+                 written: Path) -> list[str]:
+    """Seconds of every stage, those that make has written, else those of steps and answers; and
+    how fast the machine was: a step's FLOPs per second over the share of the peak that they are."""
+    parts = ["Spent in training steps and in answering; loading is not counted."]
+    rows = [[name, "-" if math.isnan(s) else f"{s:,.0f} s"] for name, s in seconds.items()]
     if written.exists():
         lines = written.read_text(encoding="utf-8").splitlines()
-        table = markdown_table(["stage", "time"], [line.rsplit(": ", 1) for line in lines])
-        return ["## Time", table]
-    rows = [[name, "-" if math.isnan(s) else f"{s:,.0f}"] for name, s in seconds.items()]
-    return ["## Time", "Spent in training steps and in answering; loading is not counted.",
-            markdown_table(["run", "seconds"], rows)]
+        parts, rows = [], [line.rsplit(": ", 1) for line in lines]
+    peaks = {name: step["rate/update_tflops"] / step["rate/mfu"]
+             for name, (step, *_) in trainings.items() if step.get("rate/mfu")}
+    parts += [f"The machine's rate when {name} began, a large matrix product: {peak:.2f} TFLOP/s."
+              for name, peak in peaks.items()]
+    return ["## Time", *parts, markdown_table(["stage", "time"], rows)]
 
 
 SEGMENTS = {"think": "dim", "search": "bold cyan", "answer": "bold green"}

@@ -649,7 +649,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
     jsonl("simulator/metrics.jsonl", [{"step": 0, "loss": 2.0, "time/step": 3.0}])
     jsonl("zero/metrics.jsonl", [
         {"step": i, "reward/mean": 0.1 * i, "search/per_episode": 1.0 + i, "noise/p": 0.5 - i / 50,
-         "time/step": 2400, "time/search": 1200, "cost/searches": 200} for i in range(3)])
+         "time/step": 2400, "time/search": 1200, "cost/searches": 200,
+         "rate/update_tflops": 0.1, "rate/mfu": 0.25} for i in range(3)])
     jsonl("zero/eval.jsonl", [{"step": i, "eval/reward": 0.2 + i / 10} for i in (0, 3)])
     jsonl("zero/episodes.jsonl", [SEARCHED | {"id": "q8"}, SEARCHED])
     jsonl("zero/config.json", [{"settings": {"engine": "simulator"},
@@ -663,6 +664,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
         f"| one | nq | agent | bm25 {metrics}", f"| three | popqa | rag | http {metrics}",
         "| EM, %, by number of hops | 1 | 2 |", "| two | - | 52.0 (40.0 to 60.0), n 6 |",
         "| one | 51.0 (40.0 to 60.0), n 5 | 52.0 (40.0 to 60.0), n 6 |",
+        "| searches, by number of hops | 1 | 2 |",
+        "| one | 0.50 (0.00 to 3.00), n 5 | 1.00 (0.00 to 3.00), n 6 |",
         "The same 2 questions, **two** minus **one**: EM +50.0 points (95 % interval -27.3 to "
         "+90.5, p = 1.0000: can't tell), F1 +50.0 points (95 % interval -27.3 to +90.5, ",
         "| run | steps | reward | searches an episode | noise p | held-out reward |",
@@ -671,8 +674,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
         "the city)", "(hops.png)", "zero, asked for useful documents:",
         "Query: capital of Peru (question: Question 7? answer: Lima)\n    1. Lima is it.",
         # 600 x $275 / 30,000; 2 GPUs for 1 and for 2 hours at $1.475
-        "| zero | 600 | $5.50 | $2.95 | $5.90 | 2 x A100-80GB |", "| zero | 7,200 |",
-        "| three | 60 |", "| simulator | 3 |"):
+        "| zero | 600 | $5.50 | $2.95 | $5.90 | 2 x A100-80GB |", "| zero | 7,200 s |",
+        "| three | 60 s |", "| simulator | 3 s |", "when zero began, a large matrix product: 0.40 T"):
         assert line in text, line
     assert "asked for noisy" not in text
     em, bars, columns, curves = (10.0, [[1.0], [2.0]]), *drawn.values()
@@ -750,10 +753,14 @@ def test_report_tells_what_it_lacks(tmp_path, monkeypatch, jsonl):
         jsonl(folder / "predictions.jsonl", [question(i) | {"answer": "Lima" if i < right else None}
                                              for i in range(8)])
     (out / "seconds.txt").write_text("policy: 120 s\n")
-    command(evaluate, "report", *agents, "--out", out)
+    third = evaluation(tmp_path / "seed-1")  # each later agent is held against the first
+    jsonl("seed-1/predictions.jsonl", [question(i) | {"answer": "Lima"} for i in range(8)])
+    command(evaluate, "report", *agents, third, "--out", out)
     text = (out / "report.md").read_text()
     assert ("**trained** minus **warm**: EM +75.0 points (95 % interval +28.0 to +92.9, "
             "p = 0.0312: higher)") in text
+    assert "**seed-1** minus **warm**: EM +75.0 points" in text and "minus **trained**" not in text
+    assert "## The same questions, before and after" in text  # the first two
     assert "| policy | 120 s |" in text and "## Training" not in text
 
 
