@@ -149,10 +149,23 @@ def test_two_drivers_never_play_the_same_arm(paper, demo, tmp_path, capsys, monk
     rows = read_lines(tmp_path / "demo/policy/metrics.jsonl")
     work = statistics.median(row["time/step"] * row["rate/update_tflops"] * 1e12 / row["rate/mfu"]
                              for row in rows)
-    assert (f"2 arms and seeds: 4 optimisation steps, some {4 * work / 1e6 / 3600:.1f} hours at "
+    assert (f"2 arms and seeds: 2 optimisation steps, some {2 * work / 1e6 / 3600:.1f} hours at "
             "this machine's 0.00 TFLOP/s, and 4 tests") in told and work > 1e8
-    assert "zero-0: " in told
+    assert "zero-0: " in told  # whose training the demo has done
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"zero-1"}
+
+
+def test_the_demos_run_is_the_arm_without_a_change(paper, demo, tmp_path):
+    """Trained once: the driver keeps its files and tests its model."""
+    out = tmp_path / "out"
+    command(paper["run"], "zero", "--seeds", 0, "--out", out)
+    assert [arguments[0].rpartition("/")[2] for arguments in paper["run"].calls] == [
+        "evaluate.py", "noisy.py"]
+    assert all(str(tmp_path / "demo/policy/model") in arguments for arguments in paper["run"].calls)
+    for name in ("config.json", "metrics.jsonl"):
+        assert (out / "zero-0" / name).read_bytes() == (tmp_path / "demo/policy" / name).read_bytes()
+    assert paper["run"].demo_run(paper["arms"].list_cells(["real"], [0], out)[0]) is None
+    assert (tmp_path / "demo/policy/model").is_dir()
 
 
 def keep(out, cell, right, test="clean", questions=10):

@@ -7,7 +7,7 @@
     python results/paper/page.py                    # README.md beside this file, in seconds
 
 `make demo` comes first: all arms start from its simulator and its warm start, with the settings of
-its RL run. This script calls the chapters' own commands in runs/paper/ARM-SEED and copies what the
+its RL run, which is itself the arm without a change. This script calls the chapters' own commands in runs/paper/ARM-SEED and copies what the
 page needs into OUT/ARM-SEED, each file when its stage is done; so a killed driver goes on, and
 several drivers share the arms: each takes one that nobody else holds.
 """
@@ -50,6 +50,14 @@ def demo_settings() -> dict[str, Any]:
     if not (DEMO / "policy/model").is_dir():
         raise UserError(f"{DEMO}/policy holds no trained policy: make demo comes first")
     return read_config(DEMO / "policy")["settings"]
+
+
+def demo_run(cell: Cell) -> Path | None:
+    """The run that the demo has made of this cell: it is the arm without a change, seed by seed."""
+    for run in (DEMO / "policy", DEMO / f"seeds/policy-{cell.seed}"):
+        if (run / "model").is_dir() and read_config(run)["settings"]["seed"] == cell.seed:
+            return None if cell.arm.train or cell.arm.method else run
+    return None
 
 
 def train_command(arm: Arm, seed: int, out: Path, demo: dict[str, Any]) -> list[str]:
@@ -109,11 +117,13 @@ def call(command: list[str]) -> None:
 def play(cell: Cell) -> None:
     """Do what is missing of an arm, and keep its results."""
     demo, folder = demo_settings(), RUNS / cell.name
-    model = cell.arm.model if cell.arm.method else str(folder / "policy/model")
+    policy = demo_run(cell) or folder / "policy"
+    model = cell.arm.model if cell.arm.method else str(policy / "model")
     for stage in cell.missing():
         if stage == "train":
-            call(train_command(cell.arm, cell.seed, folder / "policy", demo))
-            keep_training(folder / "policy", cell.out / cell.name)
+            if policy.parent == folder:
+                call(train_command(cell.arm, cell.seed, policy, demo))
+            keep_training(policy, cell.out / cell.name)
         else:
             call(test_command(cell.arm, stage, model, folder / stage, demo))
             keep_test(folder / stage, cell.kept(f"{stage}.jsonl"))
@@ -148,7 +158,7 @@ def estimate(left: list[Cell], out: Path, steps: int) -> str:
                     for row in rows if row.get("rate/mfu")]
         if measured:
             work[path.parent.name.rpartition("-")[0]] = statistics.median(measured)
-    trained = [cell for cell in left if "train" in cell.missing()]
+    trained = [cell for cell in left if "train" in cell.missing() and not demo_run(cell)]
     other = max(work.values(), default=0.0)
     seconds = sum(steps * work.get(cell.arm.name, other) / rate for cell in trained)
     tests = sum(len(set(cell.missing()) - {"train"}) for cell in left)
