@@ -116,6 +116,8 @@ WRONG = [
     (rl, [*TRAIN, "--curriculum", "random", "--base", 2], "--base has no effect with --curr"),
     (rl, [*TRAIN, "--corpus", "passages.jsonl"], "--corpus has no effect with --engine simulator"),
     (rl, [*TRAIN, "--eval-limit", 3], "--eval-limit has no effect without --eval-every"),
+    (rl, [*TRAIN, "--clip-high", 0.3], "--clip-high has no effect on the first optimizer step of a "),
+    (rl, [*TRAIN, "--mini-batch-size", 9999, "--clip-low", 0.1], "--clip-low has no effect on the "),
     (rl, [*REAL, "bm25", "--p-end", 0.2], "--p-end has no effect with --engine bm25"),
     (rl, [*REAL, "none", "--simulator", "tiny"], "--simulator has no effect with --engine none"),
     (rl, ["schedule", "--curriculum", "constant", "--p-start", 0.1], "--p-start has no effect"),
