@@ -640,10 +640,10 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
         noise = () if ENGINES[self.engine].simulated else ("curriculum", "p_start", "p_end", "base")
         held_out = () if self.eval_every else ("eval_limit", "eval_engine")
         episodes = self.prompts_per_step * self.rollouts
-        first_step_alone = self.epochs == 1 and (self.mini_batch_size or episodes) >= episodes
-        clip = ("clip_low", "clip_high") if first_step_alone else ()  # its ratios are all 1
+        one_step = self.epochs == 1 and (self.mini_batch_size or episodes) >= episodes
+        clip = ("clip_low", "clip_high") if one_step else ()  # its ratios are all 1
         return (super().unused() | dict.fromkeys(noise, f"with --engine {self.engine}")
-                | dict.fromkeys(clip, "on the first optimizer step of a batch, and there is no other")
+                | dict.fromkeys(clip, "with one optimizer step a batch")
                 | dict.fromkeys(held_out, "without --eval-every")
                 | dict.fromkeys(ignored, f"with --algorithm {self.algorithm}"))
 

@@ -675,7 +675,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
         "Query: capital of Peru (question: Question 7? answer: Lima)\n    1. Lima is it.",
         # 600 x $275 / 30,000; 2 GPUs for 1 and for 2 hours at $1.475
         "| zero | 600 | $5.50 | $2.95 | $5.90 | 2 x A100-80GB |", "| zero | 7,200 s |",
-        "| three | 60 s |", "| simulator | 3 s |", "when zero began, a large matrix product: 0.40 T"):
+        "| three | 60 s |", "| simulator | 3 s |",
+        "The machine's rate when zero began, a large matrix product: 0.40 TFLOP/s."):
         assert line in text, line
     assert "asked for noisy" not in text
     em, bars, columns, curves = (10.0, [[1.0], [2.0]]), *drawn.values()

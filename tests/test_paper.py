@@ -162,10 +162,11 @@ def test_the_demos_run_is_the_arm_without_a_change(paper, demo, tmp_path):
     assert [arguments[0].rpartition("/")[2] for arguments in paper["run"].calls] == [
         "evaluate.py", "noisy.py"]
     assert all(str(tmp_path / "demo/policy/model") in arguments for arguments in paper["run"].calls)
+    made = tmp_path / "demo/policy"
     for name in ("config.json", "metrics.jsonl"):
-        assert (out / "zero-0" / name).read_bytes() == (tmp_path / "demo/policy" / name).read_bytes()
+        assert (out / "zero-0" / name).read_bytes() == (made / name).read_bytes()
     assert paper["run"].demo_run(paper["arms"].list_cells(["real"], [0], out)[0]) is None
-    assert (tmp_path / "demo/policy/model").is_dir()
+    assert (made / "model").is_dir()
 
 
 def keep(out, cell, right, test="clean", questions=10):

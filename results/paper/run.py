@@ -7,9 +7,10 @@
     python results/paper/page.py                    # README.md beside this file, in seconds
 
 `make demo` comes first: all arms start from its simulator and its warm start, with the settings of
-its RL run, which is itself the arm without a change. This script calls the chapters' own commands in runs/paper/ARM-SEED and copies what the
-page needs into OUT/ARM-SEED, each file when its stage is done; so a killed driver goes on, and
-several drivers share the arms: each takes one that nobody else holds.
+its RL run, which is itself the arm without a change. This script calls the chapters' own commands
+in runs/paper/ARM-SEED and copies what the page needs into OUT/ARM-SEED, each file when its stage is
+done; so a killed driver goes on, and several drivers share the arms: each takes one that nobody
+else holds.
 """
 
 import dataclasses
