@@ -23,6 +23,10 @@ from plumbing.models import save_model  # noqa: E402
 from plumbing.scorer import Sequence  # noqa: E402
 from plumbing.text import encode  # noqa: E402
 
+# A shell that starts `make test` in the background has it ignore SIGINT, and what it starts, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def tokenizer():
