@@ -54,11 +54,9 @@ def demo_settings() -> dict[str, Any]:
 
 
 def demo_run(cell: Cell) -> Path | None:
-    """The run that the demo has made of this cell: it is the arm without a change, seed by seed."""
-    for run in (DEMO / "policy", DEMO / f"seeds/policy-{cell.seed}"):
-        if (run / "model").is_dir() and read_config(run)["settings"]["seed"] == cell.seed:
-            return None if cell.arm.train or cell.arm.method else run
-    return None
+    """The demo's RL run, if it is this cell: the arm without a change, of the demo's seed."""
+    unchanged = not (cell.arm.train or cell.arm.method)
+    return DEMO / "policy" if unchanged and demo_settings()["seed"] == cell.seed else None
 
 
 def train_command(arm: Arm, seed: int, out: Path, demo: dict[str, Any]) -> list[str]:
