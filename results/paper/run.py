@@ -7,10 +7,10 @@
     python results/paper/page.py                    # README.md beside this file, in seconds
 
 `make demo` comes first: all arms start from its simulator and its warm start, with the settings of
-its RL run, which is itself the arm without a change, as are those of `results/demo/run.sh seeds`.
-This script calls the chapters' own commands in runs/paper/ARM-SEED and copies what the page needs
-into OUT/ARM-SEED, each file when its stage is done; so a killed driver goes on, and several drivers
-share the arms: each takes one that nobody else holds.
+its RL run, which is itself the arm without a change. This script calls the chapters' own commands
+in runs/paper/ARM-SEED and copies what the page needs into OUT/ARM-SEED, each file when its stage is
+done; so a killed driver goes on, and several drivers share the arms: each takes one that nobody
+else holds.
 """
 
 import dataclasses
@@ -54,13 +54,9 @@ def demo_settings() -> dict[str, Any]:
 
 
 def demo_run(cell: Cell) -> Path | None:
-    """The finished run of the demo, or of its `run.sh seeds`, that is this cell: the arm without a
-    change, with the cell's seed. None if there is none."""
-    if cell.arm.train or cell.arm.method:
-        return None
-    runs = [DEMO / "policy", DEMO / f"seeds/policy-{cell.seed}"]
-    return next((run for run in runs if (run / "model").is_dir()
-                 and read_config(run)["settings"]["seed"] == cell.seed), None)
+    """The demo's RL run, if it is this cell: the arm without a change, of the demo's seed."""
+    unchanged = not (cell.arm.train or cell.arm.method)
+    return DEMO / "policy" if unchanged and demo_settings()["seed"] == cell.seed else None
 
 
 def train_command(arm: Arm, seed: int, out: Path, demo: dict[str, Any]) -> list[str]:
