@@ -223,8 +223,6 @@ def ra_agent(rows: Rows, setup: Setup) -> list[Episode]:
 class Condenser:
     """An engine whose documents the model itself condenses to what the question needs."""
 
-    name = "condensed"
-
     def __init__(self, setup: Setup):
         self.setup = setup
         self.found: dict[tuple[str, str], list[str]] = {}  # (question, query) -> documents

@@ -93,8 +93,6 @@ class SimulatedEngine:
     Malformed output (not k documents, or cut) is asked for once more; what comes then is taken as
     far as it parses. What a served simulator can't answer has an `error`. Paper, section 3.2."""
 
-    name = "simulator"
-
     def __init__(self, generator: Generator, k: int, prompts: Prompts, *, words: int = 25,
                  temperature: float = 0.8, max_tokens: int = 600):
         self.generator, self.tokenizer = generator, generator.tokenizer

@@ -288,3 +288,5 @@ def set_lines_aside(path: Path, step: int) -> None:
             (ours if number is not None and number < step else theirs).write(line)
     flush([kept, aside])
     kept.rename(path)
+    if not aside.stat().st_size:
+        aside.unlink()

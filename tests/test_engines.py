@@ -101,7 +101,7 @@ def harm_bytes(path):
 def test_a_damaged_index_is_built_again(jsonl, tmp_path, harm):
     corpus, requests = jsonl("corpus.jsonl", corpus_rows()), [SearchRequest("capital of Peru")]
     expected = BM25Engine(corpus, 4, tmp_path).search(requests)
-    (folder,) = tmp_path.glob("bm25-*")
+    (folder,) = tmp_path.glob("bm25s-*")
     for name in sorted(path.name for path in folder.iterdir()):
         harm(folder / name)
         assert BM25Engine(corpus, 4, tmp_path).search(requests) == expected

@@ -24,8 +24,6 @@ DEEPER = 10
 class NoisyEngine:
     """A real engine of k + DEEPER documents, seen through noise as k documents."""
 
-    name = "bm25-noisy"
-
     def __init__(self, engine, k: int):
         self.engine, self.k = engine, k
 
