@@ -158,25 +158,3 @@ def draw_costs(bills: dict[str, dict[str, tuple[float, str]]], path: Path) -> No
                         va="center")
     horizontal_bars(ax, list(bills), "What searching costs")
     save_figure(fig, path)
-
-
-def draw_arms(arms: dict[str, list[dict[str, list[dict]]]], path: Path) -> None:
-    """Runs side by side: a small panel an arm with the training reward of each seed (thin) and the
-    held-out reward (dots).
-
-    arms: name -> a dict a seed with the lines of `metrics` and of `eval`."""
-    fig, axes = panels(-(-len(arms) // 4), [1.9] * -(-len(arms) // 4), columns=4, sharex=True,
-                       sharey=True)
-    for ax, (name, seeds) in zip(axes, arms.items()):
-        for run, colour in zip(seeds, COLOURS):
-            ax.plot([row["step"] for row in run["metrics"]],
-                    [row["reward/mean"] for row in run["metrics"]], color=colour, linewidth=1)
-            ax.plot([row["step"] for row in run["eval"]],
-                    [row["eval/reward"] for row in run["eval"]], "o", color=colour, markersize=4)
-        ax.set(title=name, ylim=(0, 1))
-        ax.grid(axis="y")
-    for ax in axes[len(arms):]:
-        ax.set_axis_off()
-    fig.supxlabel("step")
-    fig.supylabel("mean reward: training (line), held out (dots)")
-    save_figure(fig, path)

@@ -22,7 +22,7 @@ from arms import HERE, Cell, Out, list_cells, read_arms
 from plumbing.cli import console, make_app, markdown_table, run_cli
 from plumbing.files import read_jsonl
 from plumbing.intervals import paired_interval
-from plumbing.report import draw_arms, with_interval
+from plumbing.report import COLOURS, panels, save_figure, with_interval
 from plumbing.text import ROOT
 
 app = make_app(__doc__)
@@ -184,17 +184,32 @@ def arm_row(cells: list[Cell]) -> list[str]:
 
 
 def draw_curves(by_arm: dict[str, list[Cell]], path: Path) -> None:
-    """Training reward of each seed, and the held-out curve, a small panel an arm."""
-    curves = {}
-    for name, cells in by_arm.items():
-        runs = [cell.kept("metrics.jsonl").parent for cell in cells
-                if cell.kept("metrics.jsonl").exists()]
-        if runs:
-            curves[name] = [{kind: read_jsonl(run / f"{kind}.jsonl")
-                             if (run / f"{kind}.jsonl").exists() else []
-                             for kind in ("metrics", "eval")} for run in runs]
-    if curves:
-        draw_arms(curves, path)
+    """A small panel an arm: each seed's training reward (line) and held-out reward (dots)."""
+    runs = {name: folders for name, cells in by_arm.items()
+            if (folders := [cell.kept("metrics.jsonl").parent for cell in cells
+                            if cell.kept("metrics.jsonl").exists()])}
+    if not runs:
+        return
+    rows = -(-len(runs) // 4)
+    fig, axes = panels(rows, [1.9] * rows, columns=4, sharex=True, sharey=True)
+    for ax, (name, folders) in zip(axes, runs.items()):
+        for folder, colour in zip(folders, COLOURS):
+            draw_curve(ax, folder / "metrics.jsonl", "reward/mean", color=colour, linewidth=1)
+            draw_curve(ax, folder / "eval.jsonl", "eval/reward", color=colour, linestyle="",
+                       marker="o", markersize=4)
+        ax.set(title=name, ylim=(0, 1))
+        ax.grid(axis="y")
+    for ax in axes[len(runs):]:
+        ax.set_axis_off()
+    fig.supxlabel("step")
+    fig.supylabel("mean reward: training (line), held out (dots)")
+    save_figure(fig, path)
+
+
+def draw_curve(ax, log: Path, key: str, **style: Any) -> None:
+    """A number of each line of a log over the step, if there is the log."""
+    lines = read_jsonl(log) if log.exists() else []
+    ax.plot([line["step"] for line in lines], [line[key] for line in lines], **style)
 
 
 if __name__ == "__main__":
