@@ -3,7 +3,7 @@
 \b
     label   trajectories on a real engine -> pairs (query, quality, documents)
     train   fine-tune a model on the pairs, with the quality in the prompt
-    probe   does it obey? share of its outputs that hold what the query asks
+    probe   does it obey? share of useful and noisy outputs with the answer
     search  ask any engine one query, and look
 
 \b

@@ -9,7 +9,8 @@
 turns and scores its answers; `learn` says which tokens did better than expected
 (`estimate_targets`) and makes them likelier (`accumulate_gradient`). No document is trained.
 
-The defaults are the paper's: days on a laptop. results/demo/run.sh has a budget for two CPU cores.
+Most defaults are the paper's (--preset has the rest), too much for a laptop; results/demo/run.sh
+has a budget for two CPU cores.
 
 \b
     python train_rl.py train --data train.jsonl --out runs/policy \\

@@ -30,7 +30,8 @@ def show_summary(title: str, metrics: dict[str, dict[str, float]], counts: Seque
 
 PAPER_NOTE = """\
 Cells: mean, 95 % interval (Wilson's of a proportion, else the bootstrap's), number of questions n.
-The paper's figures are taken as they stand: of 500 questions a benchmark, Bamboogle's of 125 or 72.
+The paper's figures are taken as they stand: of 500 questions a benchmark, Bamboogle's of 125
+(prompted rows) or 72 (RL rows), as their digits tell.
 em is equality after normalisation. The published code calls a substring match EM, so the paper's
 rows of trained policies are probably cover_em (--metric cover_em): never below em, and 0.8 to 5.5
 points above it on 5,375 published predictions of Search-R1 (GaurisankarJ/reason_over_search)."""

@@ -314,15 +314,15 @@ def introduction(pairs: int, rate: float) -> str:
         f"{BATCH_TOKENS} tokens, TRL's {TRL_BATCH} sequences.\n\n{versions}; Python "
         f"{platform.python_version()}, {device}, {os.cpu_count()} cores. A large {arithmetic} "
         f"matrix product runs at {rate / 1e12:.3f} TFLOP/s: 100 % MFU. Useful FLOPs are 6 x body "
-        "parameters x tokens + 6 x head parameters x trained positions; a beginning that episodes "
-        "of a micro-batch share is computed once by this kit, and then counted once, but in each "
-        "episode as tokens/s.")
+        "parameters x tokens + 6 x head parameters x trained positions. This kit computes a prefix "
+        "that episodes of a micro-batch share once: the MFU counts it once, tokens/s in each "
+        "episode.")
 
 
 NAMES = {"ours": "this kit", "vllm": "this kit, vLLM", "trl": "TRL"}
 WORKLOADS = {
     "equal": "## Equal lengths\n\nEvery prompt and every completion has the same number of tokens. "
-             "Both sides generate with Transformers.",
+             "Both sides generate with Transformers, each its own tokens: norms differ.",
     "real": "## Episodes of a training run\n\nRagged, with documents inside that are read and not "
             "trained. Both sides get the same token ids, masks and rewards, so that the norms of "
             "the first gradient can be compared."}
@@ -359,7 +359,7 @@ def ratios(side: str, ours: list[dict], theirs: list[dict], workload: str) -> st
     pairs = ", ".join(f"{x:.2f}" for x in by_pair["update"])
     whole = f", whole step {ratio['step']:.2f} times" if workload == "equal" else ""
     return (f"{NAMES[side]}: update {ratio['update']:.2f} times as fast as TRL's (pairs: {pairs})"
-            f"{whole}; TRL's peak memory is {ratio['peak']:.2f} times this.")
+            f"{whole}; TRL's peak memory is {ratio['peak']:.2f} times the kit's.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ Made by \`results/benchmarks/run.sh FOLDER\` at commit $commits: the same $QUEST
 FOLDER's 500 (Bamboogle: 125), BM25 over FOLDER's 74,002 Wikipedia paragraphs, greedy, one model for all: the embedded SmolLM2-135M-Instruct. Nothing is
 trained here: \`agent\` is this model under the policy's template, which a model of this size follows badly. Budgets are small (2 searches of 2 documents, 128
 tokens read of each search, 32 tokens a turn), so that it fits a CPU. The paper has no model of this size, and searches all of Wikipedia: its rows, of its
-smallest Qwen, stand here for the shape of the table.
+smallest Qwen, stand here for the shape of the table. ra-agent is ReAct; search-o1 condenses what it reads; recall leaves out
+yes-no questions.
 
 END
 $PY evaluate.py table $(runs "$METHODS") --paper-model Qwen-2.5-3B --markdown

@@ -83,16 +83,16 @@ def main() -> None:
             row(client, "sound", folder)  # imports, certificates
         rows = in_threads(lambda pair: row(*pair, folder), asked, 4)
     late = [float(row[4]) - float(row[5]) for row in rows if float(row[4]) > float(row[5])]
-    count = len(FAULTS | SEARCH_FORMS | COMPLETION_FORMS | LOGPROB_FORMS)
+    count, more = len(FAULTS | SEARCH_FORMS | COMPLETION_FORMS | LOGPROB_FORMS), len(MODELS_FORMS)
     print(f"""# Faults of servers
 
     python results/faults/run.py > results/faults/README.md
 
-{count} behaviours of `tests/faults.py`, whose tests also ask for {len(MODELS_FORMS)} of `/models`.
-{len(late)} of {len(rows)} calls took longer than `RetryPolicy.bound`, by at most
-{max(late, default=0):.2f} s. Four calls run at a time; servers that flood share their process.
-In `search` an error is one line and exit code 2; in `evaluate.py run` and `train` it costs its
-episode (tests/test_faults.py).
+{count} behaviours of the fault server tests/faults.py ({more} more, of `/models`, are in
+tests/test_faults.py). {len(late)} of {len(rows)} calls took longer than `RetryPolicy.bound`
+(attempts x timeout + pauses), the latest by {max(late, default=0):.2f} s. Four calls run at a time,
+in one process with the servers. In `search` an error is one line and exit code 2; in `evaluate.py
+run` and `train` it costs its episode, and the run ends after more than `--failed-searches` of them.
 """)
     print(markdown_table(["behaviour", "client", "outcome", "attempts", "seconds", "bound"], rows,
                          text_columns=3))

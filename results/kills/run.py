@@ -328,13 +328,14 @@ PAGE = """# {kills} SIGKILLs and {signals} signals
 
 Runs of tiny models (`hf` engine, one thread), ended again and again and resumed. The last column
 compares the final weights, metrics, episodes and predictions (but for times and rates) with those
-of a run that was not ended: "equal" is **bit for bit**. A run is killed several times before it is
-compared. Commit {commit}; {tflops:.2f} TFLOP/s in a {dtype} matrix product.
+of a run that was not ended: "equal" is **bit for bit**. A run is killed several times and compared
+once, so that its rows share a result.
+Commit {commit}; {tflops:.2f} TFLOP/s in a {dtype} matrix product.
 
 {killed}
 
-A signal loses no finished step: each is in a checkpoint, {saved:.1f} s after it at the latest
-(bound: {save_bound:g} s), and the process has ended after at most {exited:.1f} s (bound:
+SIGTERM and SIGINT lose no finished step: each is in a checkpoint at most {saved:.1f} s after the
+signal (bound: {save_bound:g} s), and the process has ended after at most {exited:.1f} s (bound:
 {stop_bound:g} s), whatever its threads wait for.
 
 {stopped}
