@@ -242,3 +242,6 @@ def test_a_line_cut_short_is_set_aside(tmp_path):
     assert metrics.read_text() == '{"step": 0}\n'
     aside = metrics.with_name("metrics.jsonl.set-aside")
     assert aside.read_text() == '{"step": 1}\n{"step": 2, "rew'
+    aside.unlink()
+    set_lines_aside(metrics, 1)  # nothing to move: no empty file
+    assert metrics.read_text() == '{"step": 0}\n' and not aside.exists()

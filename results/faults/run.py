@@ -82,17 +82,17 @@ def main() -> None:
         for client in ("search", "generation"):
             row(client, "sound", folder)  # imports, certificates
         rows = in_threads(lambda pair: row(*pair, folder), asked, 4)
-    late = [float(row[4]) - float(row[5]) for row in rows if float(row[4]) > float(row[5])]
+    late = sum(float(row[4]) > float(row[5]) for row in rows)
     count, more = len(FAULTS | SEARCH_FORMS | COMPLETION_FORMS | LOGPROB_FORMS), len(MODELS_FORMS)
     print(f"""# Faults of servers
 
     python results/faults/run.py > results/faults/README.md
 
 {count} behaviours of the fault server tests/faults.py ({more} more, of `/models`, are in
-tests/test_faults.py). {len(late)} of {len(rows)} calls took longer than `RetryPolicy.bound`
-(attempts x timeout + pauses), the latest by {max(late, default=0):.2f} s. Four calls run at a time,
-in one process with the servers. In `search` an error is one line and exit code 2; in `evaluate.py
-run` and `train` it costs its episode, and the run ends after more than `--failed-searches` of them.
+tests/test_faults.py). {late} of {len(rows)} calls took longer than `RetryPolicy.bound`
+(attempts x timeout + pauses). Four calls run at a time, in one process with the servers. In
+`search` an error is one line and exit code 2; in `evaluate.py run` and `train` it costs its
+episode, and the run ends after more than `--failed-searches` of them.
 """)
     print(markdown_table(["behaviour", "client", "outcome", "attempts", "seconds", "bound"], rows,
                          text_columns=3))
