@@ -198,11 +198,12 @@ def draw_curves(by_arm: dict[str, list[Cell]], path: Path) -> None:
             draw_curve(ax, folder / "eval.jsonl", "eval/reward", color=colour, linestyle="",
                        marker="o", markersize=4)
         ax.set(title=name, ylim=(0, 1))
+        ax.locator_params(axis="x", integer=True)
         ax.grid(axis="y")
     for ax in axes[len(runs):]:
         ax.set_axis_off()
-    fig.supxlabel("step")
-    fig.supylabel("mean reward: training (line), held out (dots)")
+    fig.supxlabel("step (lines: training; dots: held out)")
+    fig.supylabel("mean reward")
     save_figure(fig, path)
 
 
