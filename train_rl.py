@@ -924,7 +924,7 @@ class Run:
 def train(s: TrainSettings) -> None:
     """Reinforcement learning of the policy against a search engine; it goes to OUT/model.
 
-    Defaults: the paper's."""
+    The paper's runs: --preset paper-qwen2.5-3b, or another one of data/presets.toml."""
     if s.curriculum_steps is None:  # a run that is extended keeps its curriculum
         before = read_config(s.out)["settings"] if s.resume else {}
         s = replace(s, curriculum_steps=before.get("curriculum_steps") or s.steps)

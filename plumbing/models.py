@@ -36,15 +36,19 @@ SMOLLM2_FOLDER = ROOT / "runs" / "cache" / "SmolLM2-135M-Instruct"
 
 def load_tokenizer(name: str):
     """Tokenizer of "smollm2" (embedded), a Hub id, a folder or a server. Raises UserError."""
-    if is_server(name):
-        card = served_model(name)
+    server = name if is_server(name) else None
+    if server:
+        card = served_model(server)
         root = card.get("root") or card["id"]  # the id may be an alias
         # A folder may exist on the server's disk only.
         name = card["id"] if root.startswith("/") and not Path(root).exists() else root
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
     except DAMAGED as error:
-        raise UserError(f"no tokenizer for the model {name!r}: {reason(error, name)}") from None
+        way_out = f": {server} serves it under that name, and its tokenizer is needed here, too: " \
+                  "put a folder of that name beside the script" if server else ""
+        raise UserError(f"no tokenizer for the model {name!r}: {reason(error, name)}"
+                        f"{way_out}") from None
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32):

@@ -48,6 +48,13 @@ def completions(server):
     return sum(path == "/v1/completions" for path, *_ in server.calls)
 
 
+def test_a_served_name_that_is_no_model_here_says_what_to_do(serve, tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    server = serve(vllm("/no/such/folder", tokenizer, name="Simulation_LLM_3B"))
+    with pytest.raises(UserError, match="its tokenizer is needed here, too: put a folder"):
+        load_generator(f"{server.url}/v1")
+
+
 def test_served_generations_are_token_exact(serve, tiny, tokenizer):
     server = serve(vllm(tiny, tokenizer))
     generator = load_generator(f"{server.url}/v1")
