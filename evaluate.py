@@ -587,6 +587,8 @@ def table(
 def given_results(argument: str) -> dict[str, Any]:
     """The results that an argument of `table` names: a folder's, or those of predictions."""
     label, equals, path = argument.partition("=")
+    if Path(argument).is_file():
+        raise UserError(f"{argument} is a file: name its benchmark, such as nq={argument}")
     if not equals or Path(argument).exists():
         return read_results(Path(argument))
     row, _, benchmark = label.rpartition("/")

@@ -85,6 +85,8 @@ def test_outside_predictions_are_compared_and_stand_in_the_table(files, capsys):
         assert "a substring match EM" in out
     with pytest.raises(UserError, match="--metric bleu: there are em, f1, cover_em, recall"):
         command(evaluate, "table", f"nq={files['own']}", "--metric", "bleu")
+    with pytest.raises(UserError, match="name its benchmark, such as nq="):
+        command(evaluate, "table", files["own"])
 
 
 def test_only_the_same_questions_are_compared(jsonl, capsys, monkeypatch):
