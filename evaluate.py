@@ -369,7 +369,8 @@ class RunSettings(FolderSettings, SearchSettings, EpisodeSettings):
     def check(self) -> None:
         super().check()
         if self.benchmark is None and (self.data is None or self.data.is_dir()):
-            raise UserError("name the questions: --benchmark NAME or --data FILE")
+            folder = f"{self.data} is a folder: " * (self.data is not None)
+            raise UserError(f"{folder}name the questions: --benchmark NAME or --data FILE")
         if len(self.names()) > 1 and self.data is not None and not self.data.is_dir():
             raise UserError("--data must be a folder for several benchmarks")
         if len(set(self.names())) < len(self.names()):

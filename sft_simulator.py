@@ -238,6 +238,7 @@ def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
 class LabelSettings(CommonSettings):
     predictions: list[Path] = argument("predictions.jsonl of evaluations on a real engine.")
     out: Path = option(help="Where the pairs go (JSONL).")
+    overwrite: bool = option(False, "Replace the file that --out names.")
     top_k: int = option(3, "Documents of a pair.", low=1)
     limit: int | None = option(None, "Keep at most so many pairs.", low=1)
     judge: str | None = option(None, "http://host:port/v1 of a model that judges.")
@@ -247,6 +248,10 @@ class LabelSettings(CommonSettings):
         super().check()
         if self.judge and not is_server(self.judge):
             raise UserError("--judge is a server's address, such as http://localhost:8000/v1")
+        if self.out.is_dir():
+            raise UserError(f"{self.out} is a folder: --out names the file of the pairs")
+        if self.out.exists() and not self.overwrite:
+            raise UserError(f"{self.out} is there already: --overwrite replaces it")
 
     def unused(self) -> dict[str, str]:
         return super().unused() | ({} if self.judge else {"judge_model": "without --judge"})
@@ -256,14 +261,16 @@ class LabelSettings(CommonSettings):
 def label(s: LabelSettings) -> None:
     """Turn trajectories into the tuning set: documents that hold what is asked are useful.
 
-    The rule looks for the answer in them; a language model as judge (the paper's) reads them."""
+    The rule looks in them for the turn's `target`, a list of texts: what this search should find.
+    Without one it looks for the question's answer, which searches on the way to it don't find.
+    A language model as judge (the paper's) reads them instead."""
     prompts = load_prompts(s.prompts)
     records = [row for path in s.predictions for row in read_trajectories(path)]
     names = ", ".join(map(str, s.predictions))
     if not any(turn.get("query") for record in records for turn in record["turns"]):
-        raise UserError(f"{names}: the agent made no search in {len(records)} episodes, so there "
-                        "is nothing to label: let a larger model collect, or teach this one the "
-                        "template with your own trajectories (train_rl.py warmup)")
+        raise UserError(f"{names}: no turn of {len(records)} episodes has a query: the agent made "
+                        "no search. Let a larger model collect, or teach this one the template "
+                        "with your own trajectories (train_rl.py warmup)")
     pairs = label_pairs(records, s.top_k)
     if s.judge and pairs:
         by_rule, pairs = pairs, judge_pairs(pairs, s.judge, s.judge_model, prompts["judge"])
@@ -278,7 +285,8 @@ def label(s: LabelSettings) -> None:
                         "more, or with a larger --top-k")
     write_jsonl(s.out, map(asdict, pairs))
     bridges = sum(pair.target != pair.golden_answers for pair in pairs)
-    console.print(f"{s.out}: {len(pairs)} pairs, half of them useful; {bridges} of bridge queries")
+    console.print(f"{s.out}: {len(pairs)} pairs, half of them useful; {bridges} with a target "
+                  "of their own, not the question's answer")
 
 
 # ---------------------------------------------------------------- train: supervised tuning

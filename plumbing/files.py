@@ -13,6 +13,14 @@ from plumbing.cli import UserError, console
 from plumbing.text import normalize_answer
 
 
+def check_is_file(path: Path) -> None:
+    """Raise UserError unless there is a file under that name."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, where a file is needed")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+
+
 def read_jsonl(path: Path, required: Iterable[str] = (), *, texts: Iterable[str] = (),
                whole_lines: bool = False) -> list[dict[str, Any]]:
     """Rows of a JSONL file (.gz or not). Raises UserError, with file and line, for a missing, empty
@@ -21,8 +29,7 @@ def read_jsonl(path: Path, required: Iterable[str] = (), *, texts: Iterable[str]
     texts: fields that must hold a text, too.
     whole_lines: skip a last line without a line feed, as a killed process leaves it; the file may
     then have no row."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    check_is_file(path)
     rows = []
     try:
         with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as lines:
@@ -181,8 +188,7 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def sha256(path: Path) -> str:
     """Checksum of a file's contents, in hex. Raises UserError for a missing file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    check_is_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

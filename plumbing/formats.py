@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from plumbing.cli import UserError
-from plumbing.files import (check_fields, check_golden, parse_json, parse_row, read_jsonl,
-                            without)
+from plumbing.files import (check_fields, check_golden, check_is_file, parse_json, parse_row,
+                            read_jsonl, without)
 from plumbing.text import ROOT
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ def read_trajectories(path: Path, *fields: str) -> list[Row]:
         turns = row["turns"]
         if not (isinstance(turns, list) and all(map(is_turn, turns))):
             raise UserError(f"{path}:{number}: turns must be a list of objects with a text, and "
-                            "maybe a query and a list of documents")
+                            "maybe a query and its documents, a list of texts")
     return rows
 
 
@@ -87,8 +87,7 @@ def read_paired(a: Path, b: Path) -> tuple[list[Row], list[Row]]:
 
 def read_items(path: Path) -> list[Row]:
     """Objects of a file that holds one JSON list. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    check_is_file(path)
     items = parse_json(path.read_bytes(), str(path))
     if not (isinstance(items, list) and items and all(isinstance(item, dict) for item in items)):
         raise UserError(f"{path}: not a JSON list of objects (one object a line: .jsonl)")

@@ -92,6 +92,9 @@ def check_empty_steps(count: int, allowed: int, step: int) -> None:
 
 def collapse_warning(metrics: dict[str, float], can_search: bool) -> str | None:
     """A sentence if the policy is falling apart, else None."""
+    if metrics["search/malformed"] > 0.5:
+        return ("most outputs of the simulator are no list of documents: a larger "
+                "--simulator-max-tokens, or a simulator that was tuned")
     if metrics["reward/answered"] < 0.05:
         return ("almost no episode answers: a policy that can't follow the template needs `warmup` "
                 "first, or a lower --lr")

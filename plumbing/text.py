@@ -95,8 +95,10 @@ def load_prompts(path: Path | None = None) -> Prompts:
         return prompts
     try:
         custom = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not TOML ({error})") from None
     for table, entries in custom.items():
         if not isinstance(entries, dict) or table not in prompts:
             raise UserError(f"{path}: {table} is no table of data/prompts.toml: they are "

@@ -99,7 +99,7 @@ def test_bad_input_is_one_line_and_loses_nothing(kind, tmp_path, tiny, capsys, m
                     *out),
         "score": (evaluate, "score", path), "table": (evaluate, "table", tmp_path),
         "search": (sim, "search", "q", "--engine", "bm25", "--corpus", path),
-        "label": (sim, "label", path, "--out", old / "pairs.jsonl"),
+        "label": (sim, "label", path, "--out", old / "pairs.jsonl", "--overwrite"),
         "train": (sim, "train", path, "--model", tiny, *out),
         "warmup": (rl, "warmup", path, "--model", tiny, *out),
         "costs": (costs, "run", tmp_path),

@@ -19,7 +19,7 @@ TRAIN = ["train", "--data", "data.jsonl", "--model", "tiny", "--simulator", "tin
 REAL = [part for part in TRAIN if part not in ("--simulator",)][:5] + [*TRAIN[7:], "--engine"]
 RUN = ["run", "--data", "data.jsonl", "--out", "old", "--overwrite", "--model"]
 SEARCH = ["search", "capital of Peru"]
-LABEL = ["label", "--out", "old/pairs.jsonl"]
+LABEL = ["label", "--out", "old/pairs.jsonl", "--overwrite"]
 REWORDED = [*RUN, "tiny", "--engine", "none", "--prompts"]
 NEW = ["run", "--data", "data.jsonl", "--model", "tiny", "--out", "new"]
 GONE = [*TRAIN, "--model", "no/such-model"]  # loaded last: any other mistake is said before
@@ -32,7 +32,9 @@ WRONG = [
     (evaluate, [*RUN, "runs/demo-quick/x/model"], "`make demo-quick` makes those of the demo"),
     (evaluate, [*RUN, "runs/nothing"], "there is no model in runs/nothing"),
     (rl, [*TRAIN, "--simulator", "trained"], "did you mean trained/model?"),
-    (sim, [*LABEL, "silent.jsonl"], "made no search in 2 episodes"),
+    (sim, [*LABEL, "silent.jsonl"], "no turn of 2 episodes has a query"),
+    (sim, ["label", "--out", "old", "lucky.jsonl"], "old is a folder: --out names the file"),
+    (sim, ["label", "--out", "data.jsonl", "lucky.jsonl"], "is there already: --overwrite"),
     (sim, [*LABEL, "lucky.jsonl"], "1 useful and 0 noisy queries with 3 documents"),
     # templates
     (evaluate, [*REWORDED, "unknown.toml"], "policy.user: unknown {qestion}; there are {question}"),
@@ -43,9 +45,12 @@ WRONG = [
     (evaluate, [*REWORDED, "rag.toml"], "rag.user: lacks {question}"),
     (rl, [*TRAIN, "--prompts", "deaf.toml"], "simulator.system and user and heading: lacks one of"),
     (rl, [*TRAIN, "--prompts", "query.toml"], "lacks {query}"),
-    (rl, [*TRAIN, "--prompts", "no.toml"], "no.toml"),
+    (rl, [*TRAIN, "--prompts", "no.toml"], "no.toml: No such file"),
+    (rl, [*TRAIN, "--prompts", "data.jsonl"], "data.jsonl: not TOML"),
     # data; more in test_files.py
     (evaluate, NEW[:1] + NEW[3:], "NAME or --data FILE"),
+    (evaluate, [*NEW, "--data", "old"], "old is a folder: name the questions: --benchmark NAME"),
+    (evaluate, [*NEW, "--data", "data.jsonl", "--corpus", "old"], "old is a folder, where a file"),
     (evaluate, [*NEW, "--data", "none.jsonl"], "none.jsonl: no such file"),
     (evaluate, [*NEW, "--data", "twice.jsonl"], "an id occurs twice"),
     (evaluate, ["score", "wrong.jsonl"], "wrong.jsonl:1: answer"),
@@ -58,7 +63,7 @@ WRONG = [
     (sim, [*LABEL, "data.jsonl"], "data.jsonl:1: no field turns"),
     (sim, ["train", "blank.jsonl", "--out", "new"], "blank.jsonl:2: prompt and response"),
     (sim, ["train", "pairs.jsonl", "--model", "no/such-model", "--out", "new"], "no/such-model"),
-    (rl, [*TRAIN, "--prompts-per-step", 65], "64 questions are too few for a step"),
+    (rl, [*TRAIN, "--prompts-per-step", 65], "too few for a step: --prompts-per-step is 65"),
     # options that are out of bounds, or do not go together
     (rl, [*GONE, "--p-start", 1.5], "--p-start must be at least 0 and at most 1, not 1.5"),
     (rl, [*GONE, "--top-k", 0], "--top-k must be at least 1, not 0"),

@@ -38,9 +38,9 @@ trajectories() { # scripted ones: this model is too small to be prompted into an
     $PY data/scripted.py --top-k 3 --hops $WARMUP --out "$OUT/trajectories-warmup" --overwrite
     $PY data/scripted.py --top-k 3 --split dev --hops 96 96 48 --out "$OUT/trajectories-dev" --overwrite
     $PY sft_simulator.py label "$OUT"/trajectories/{predictions,hasty}.jsonl --top-k 3 \
-        --limit $PAIRS --out "$OUT/pairs.jsonl"
+        --limit $PAIRS --out "$OUT/pairs.jsonl" --overwrite
     $PY sft_simulator.py label "$OUT"/trajectories-dev/{predictions,hasty}.jsonl --top-k 3 \
-        --limit $PROBES --out "$OUT/pairs-dev.jsonl"
+        --limit $PROBES --out "$OUT/pairs-dev.jsonl" --overwrite
 }
 
 simulator() {
