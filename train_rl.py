@@ -843,7 +843,7 @@ def optimizer_step(trainer: Trainer, sums: dict[str, Any]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupSettings(TuningSettings):
-    trajectories: Path = argument("predictions.jsonl with whole trajectories to imitate.")
+    trajectories: Path = argument("JSONL of whole trajectories: predictions.jsonl, or your own.")
     lr: float = option(1e-4, "Peak learning rate.", above=0)
     top_k: int = option(3, "Documents of a search that are read.", low=1)
     max_searches: int = option(5, "As in the rollouts: after so many no more is offered.", low=0)
@@ -852,9 +852,12 @@ class WarmupSettings(TuningSettings):
 @command(app, WarmupSettings)
 def warmup(s: WarmupSettings) -> None:
     """Teach a small model the template, by imitation; the model goes to OUT/model. Loss on the
-    policy's own tokens only.
+    policy's own tokens only. Not part of the paper: its models follow the template when asked to,
+    the embedded one not.
 
-    Not part of the paper: its models follow the template when asked to, the embedded one not."""
+    A trajectory of your own, one a line: {"id": "1", "question": Q, "golden_answers": [A], "turns":
+    [{"text": "<think> T </think> <search> S </search>", "query": S, "documents": [D, E, F]},
+    {"text": "<think> T </think> <answer> A </answer>"}]}"""
     records = read_trajectories(s.trajectories, "id")
     accelerator, prompts = make_accelerator(), load_prompts(s.prompts)
     main = accelerator.is_main_process
