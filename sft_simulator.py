@@ -31,7 +31,8 @@ from plumbing.cli import (CommonSettings, UserError, argument, command, console,
                           print_documents, print_table, progress_bar, run_cli)
 from plumbing.engines import (ENGINES, QUERY_CHARACTERS, Engine, EngineSettings, Quality,
                               SearchRequest, SearchResult)
-from plumbing.files import append_jsonl, draw_seed, read_jsonl, write_json, write_jsonl
+from plumbing.files import (append_jsonl, check_out_file, draw_seed, read_jsonl, write_json,
+                            write_jsonl)
 from plumbing.formats import read_trajectories
 from plumbing.generate import Generator, Sampling, attempt
 from plumbing.metrics import agreement
@@ -248,10 +249,7 @@ class LabelSettings(CommonSettings):
         super().check()
         if self.judge and not is_server(self.judge):
             raise UserError("--judge is a server's address, such as http://localhost:8000/v1")
-        if self.out.is_dir():
-            raise UserError(f"{self.out} is a folder: --out names the file of the pairs")
-        if self.out.exists() and not self.overwrite:
-            raise UserError(f"{self.out} is there already: --overwrite replaces it")
+        check_out_file(self.out, self.overwrite)
 
     def unused(self) -> dict[str, str]:
         return super().unused() | ({} if self.judge else {"judge_model": "without --judge"})
@@ -261,9 +259,8 @@ class LabelSettings(CommonSettings):
 def label(s: LabelSettings) -> None:
     """Turn trajectories into the tuning set: documents that hold what is asked are useful.
 
-    The rule looks in them for the turn's `target`, a list of texts: what this search should find.
-    Without one it looks for the question's answer, which searches on the way to it don't find.
-    A language model as judge (the paper's) reads them instead."""
+    The rule looks in them for the turn's `target`, a list of texts, else for the question's answer,
+    which the first of several searches don't find. A judge, the paper's way, reads them instead."""
     prompts = load_prompts(s.prompts)
     records = [row for path in s.predictions for row in read_trajectories(path)]
     names = ", ".join(map(str, s.predictions))

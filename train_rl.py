@@ -865,8 +865,6 @@ def warmup(s: WarmupSettings) -> None:
         tokenizer = load_tokenizer(s.model)
         sequences = [replay(record, tokenizer, prompts, s.top_k, s.max_searches)
                      for record in records]
-        searches = sum(bool(turn.get("query")) for record in records for turn in record["turns"])
-        console.print(f"trajectories: {len(records)}, searches in them: {searches}")
         fine_tune(accelerator, load_model(s.model), tokenizer, sequences, folder)
 
 
@@ -934,8 +932,7 @@ def train(s: TrainSettings) -> None:
         before = read_config(s.out)["settings"] if s.resume else {}
         s = replace(s, curriculum_steps=before.get("curriculum_steps") or s.steps)
     if len(rows := read_questions(s.data)) < s.prompts_per_step:
-        raise UserError(f"{s.data}: {len(rows)} questions are too few for a step: "
-                        f"--prompts-per-step is {s.prompts_per_step}")
+        raise UserError(f"{s.data}: {len(rows)} questions, fewer than --prompts-per-step")
     accelerator = make_accelerator(log_with=s.logger, project_dir=s.out)
     reads = {"data": s.data, "eval_data": s.eval_data if s.eval_every else None,
              "corpus": s.corpus if "bm25" in (s.engine, s.eval_engine) else None}

@@ -21,6 +21,14 @@ def check_is_file(path: Path) -> None:
         raise UserError(f"{path}: no such file")
 
 
+def check_out_file(path: Path, overwrite: bool) -> None:
+    """Raise UserError if a command may not write the file that its --out names."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: --out names a file")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already: --overwrite replaces it")
+
+
 def read_jsonl(path: Path, required: Iterable[str] = (), *, texts: Iterable[str] = (),
                whole_lines: bool = False) -> list[dict[str, Any]]:
     """Rows of a JSONL file (.gz or not). Raises UserError, with file and line, for a missing, empty

@@ -33,7 +33,7 @@ WRONG = [
     (evaluate, [*RUN, "runs/nothing"], "there is no model in runs/nothing"),
     (rl, [*TRAIN, "--simulator", "trained"], "did you mean trained/model?"),
     (sim, [*LABEL, "silent.jsonl"], "no turn of 2 episodes has a query"),
-    (sim, ["label", "--out", "old", "lucky.jsonl"], "old is a folder: --out names the file"),
+    (sim, ["label", "--out", "old", "lucky.jsonl"], "old is a folder: --out names a file"),
     (sim, ["label", "--out", "data.jsonl", "lucky.jsonl"], "is there already: --overwrite"),
     (sim, [*LABEL, "lucky.jsonl"], "1 useful and 0 noisy queries with 3 documents"),
     # templates
@@ -63,7 +63,7 @@ WRONG = [
     (sim, [*LABEL, "data.jsonl"], "data.jsonl:1: no field turns"),
     (sim, ["train", "blank.jsonl", "--out", "new"], "blank.jsonl:2: prompt and response"),
     (sim, ["train", "pairs.jsonl", "--model", "no/such-model", "--out", "new"], "no/such-model"),
-    (rl, [*TRAIN, "--prompts-per-step", 65], "too few for a step: --prompts-per-step is 65"),
+    (rl, [*TRAIN, "--prompts-per-step", 65], "64 questions, fewer than --prompts-per-step"),
     # options that are out of bounds, or do not go together
     (rl, [*GONE, "--p-start", 1.5], "--p-start must be at least 0 and at most 1, not 1.5"),
     (rl, [*GONE, "--top-k", 0], "--top-k must be at least 1, not 0"),
