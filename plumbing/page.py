@@ -30,8 +30,8 @@ def show_summary(title: str, metrics: dict[str, dict[str, float]], counts: Seque
 
 PAPER_NOTE = """\
 Cells: mean, 95 % interval (Wilson's of a proportion, else the bootstrap's), number of questions n.
-The average's interval comes from the seven: the squared distances of their ends from their means add
-up (Zou and Donner 2008).
+The average's interval comes from the seven: the squared distances of their ends from their means
+add up (Zou and Donner 2008).
 The paper's figures are taken as they stand: of 500 questions a benchmark, Bamboogle's of 125
 (prompted rows) or 72 (RL rows), as their digits tell.
 em is equality after normalisation. The published code calls a substring match EM, so the paper's
