@@ -1,6 +1,7 @@
 """results/paper: every arm is a valid run, a killed driver goes on, the page is of the files."""
 
 import importlib
+import re
 import statistics
 import sys
 
@@ -38,6 +39,11 @@ says = "zero is not worse"
 better = "zero"
 than = "real"
 rule = "not worse"
+[[exercises]]
+asks = "Does it?"
+arm = "real"
+than = "zero"
+look = "`reward/mean`"
 """
 
 
@@ -93,6 +99,12 @@ def test_arms_and_claims_are_valid(paper, monkeypatch):
         assert {claim["better"], claim["than"]} <= set(arms)
         assert paper["page"].verdict(claim["rule"], 1, 2, 5.0) == "agrees"
         assert all(paper["page"].published(path) > 0 for path in claim.get("paper", ()))
+    assert len(table["exercises"]) == 10
+    logged = "".join((ROOT / "plumbing" / name).read_text(encoding="utf-8")
+                     for name in ("metrics.py", "episodes.py", "rates.py")) + "eval/reward"
+    for exercise in table["exercises"]:
+        assert {exercise["arm"], exercise["than"]} <= set(arms) and arms[exercise["arm"]].train
+        assert all(name in logged for name in re.findall(r"`(\w+/\w+)`", exercise["look"]))
 
 
 @pytest.mark.parametrize(("name", "test", "engine"), [
@@ -163,7 +175,7 @@ def test_the_demos_run_is_the_arm_without_a_change(paper, demo, tmp_path):
         "evaluate.py", "noisy.py"]
     assert all(str(tmp_path / "demo/policy/model") in arguments for arguments in paper["run"].calls)
     made = tmp_path / "demo/policy"
-    for name in ("config.json", "metrics.jsonl"):
+    for name in ("config.json", "episodes.jsonl", "metrics.jsonl"):
         assert (out / "zero-0" / name).read_bytes() == (made / name).read_bytes()
     assert paper["run"].demo_run(paper["arms"].list_cells(["real"], [0], out)[0]) is None
     assert (made / "model").is_dir()
@@ -205,6 +217,8 @@ def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
     (arm,) = [line for line in lines if line.startswith("| zero |")]
     # of two seeds: EM, the rewards of the first and the last step, 60 searches each at $275/30,000
     assert "| 2 | 90.0 (" in arm and "| 0.30 to 0.90 | $1.10 |" in arm
+    (exercise,) = [line for line in lines if line.startswith("1. **Does it?** `python")]
+    assert "Answer: real has not been run yet; zero: EM " in exercise
     assert any("abcdef1" in line and "0.40 to 0.40 TFLOP/s" in line for line in lines)
 
 

@@ -57,6 +57,11 @@ def main(out: Out = HERE) -> None:
         "([noisy.py](noisy.py)). Reward: the mean of the first and of the last fifth of the steps. "
         "Search side and whole run: at the prices of data/prices.toml (`costs.py run`).",
         "![Training reward and held-out reward of every arm](curves.png)",
+        "## Exercises",
+        "Each is one more run, some 40 minutes on two cores at 0.4 TFLOP/s (estimated; `run.py` "
+        "says first how long it takes on yours). What you look at is then in `runs/mine/ARM-0` "
+        "(trajectories: `python evaluate.py show runs/mine/ARM-0`). The answers are of the runs "
+        "that are kept here.", exercise_list(table, by_arm),
         "## What can't be tested at this size",
         "- Model sizes: the policy and the simulator are SmolLM2-135M.\n"
         "- Google: the real engine is BM25 over 3,129 passages, and misses little of what is "
@@ -144,7 +149,49 @@ def claims_table(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
     return markdown_table(header, rows, text_columns=6)
 
 
+# ---------------------------------------------------------------- exercises
+
+
+def exercise_list(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
+    return "\n".join(
+        f"{number}. **{row['asks']}** `python results/paper/run.py {row['arm']} --seeds 0 --out "
+        f"runs/mine`<br>Look at: {row['look']}<br>Answer: "
+        + "; ".join(one_line(by_arm[row[name]]) for name in ("arm", "than")) + "."
+        for number, row in enumerate(table["exercises"], 1))
+
+
+def one_line(cells: list[Cell]) -> str:
+    """What the kept runs of an arm show: EM and searches by number of hops, held-out reward."""
+    arm, tests = cells[0].arm, [tested_rows(cells, test) for test in ("clean", "noisy")]
+    if not tests[0]:
+        return f"{arm.name} has not been run yet"
+    hops = sorted({row["hops"] for row in tests[0]})
+    em, searches = ([
+        evaluate.summarize(evaluate.question_scores(
+            [row for row in tests[0] if row["hops"] == n], evaluate.COUNTS).values())[name]["mean"]
+        for n in hops] for name in ("em", "searches"))
+    said = (f"{arm.name}: EM {', '.join(f'{value:.0f}' for value in em)} with "
+            f"{', '.join(map(str, hops))} hops, in {', '.join(f'{n:.1f}' for n in searches)} "
+            "searches")
+    if tests[1]:
+        noisy = evaluate.summarize(evaluate.question_scores(tests[1]).values())["em"]["mean"]
+        said += f", {noisy:.0f} with the noisy engine"
+    held_out = [[row["eval/reward"] for row in read_jsonl(path)] for cell in cells
+                if (path := cell.kept("eval.jsonl")).exists()]
+    if held_out:
+        ends = [statistics.fmean(values[i] for values in held_out) for i in (0, -1)]
+        said += f", held-out reward {ends[0]:.2f} to {ends[1]:.2f}"
+    return said
+
+
 # ---------------------------------------------------------------- arms
+
+
+def tested_rows(cells: list[Cell], test: str) -> list[dict[str, Any]]:
+    """The predictions of an arm's seeds, as samples of one question. Failed ones are left out."""
+    return [row | {"sample": cell.seed} for cell in cells
+            if (path := cell.kept(f"{test}.jsonl")).exists()
+            for row in read_jsonl(path) if row["end"] != "failed"]
 
 
 def arms_table(by_arm: dict[str, list[Cell]]) -> str:
@@ -157,10 +204,7 @@ def arm_row(cells: list[Cell]) -> list[str]:
     """An arm: means over its seeds, and the bill of all of them."""
     arm, tested = cells[0].arm, {}
     for test in ("clean", "noisy"):
-        rows = [row | {"sample": cell.seed} for cell in cells
-                if (path := cell.kept(f"{test}.jsonl")).exists()
-                for row in read_jsonl(path) if row["end"] != "failed"]
-        if rows:
+        if rows := tested_rows(cells, test):
             questions = evaluate.question_scores(rows, evaluate.COUNTS)
             tested[test] = evaluate.summarize(questions.values())
     em = [with_interval(tested[test]["em"]) if test in tested else "-"

@@ -132,7 +132,7 @@ def play(cell: Cell) -> None:
 def keep_training(run: Path, to: Path) -> None:
     """Copy a training run's files, the metrics last: their being there says that it is done."""
     to.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "eval.jsonl", "metrics.jsonl"):
+    for name in ("config.json", "episodes.jsonl", "eval.jsonl", "metrics.jsonl"):
         if (run / name).exists():
             shutil.copy(run / name, to / f"{name}.part")
             os.replace(to / f"{name}.part", to / name)
