@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -83,7 +83,7 @@ def packed_attention(module, query, key, value, attention_mask, layout=None, sca
         if windowed:
             distance = block.columns[:, None, :, None] - torch.arange(K, device=mask.device)
             mask = mask & (distance < window)
-        rows = [x[index].transpose(1, 2) for x, index in
+        rows = [pick(x, index).transpose(1, 2) for x, index in
                 ((query, block.queries), (key, block.keys), (value, block.keys))]
         if mask.device.type == "cpu" and K <= 1024:
             out = grouped_attention(*rows, mask, scaling)
@@ -91,7 +91,16 @@ def packed_attention(module, query, key, value, attention_mask, layout=None, sca
             mask = None if block.causal and not windowed else mask
             out, _ = sdpa_attention_forward(module, *rows, mask, scaling=scaling, **kwargs)
         results.append(out.flatten(0, 1))  # (R * Q, H, D)
-    return torch.cat(results)[order][None], None
+    return pick(torch.cat(results), order)[None], None
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """x (P, ...)[index], with a gradient that is the same in every run.
+
+    Of x[index], PyTorch's threads on a CPU add up the gradients of an element that is picked more
+    than once in the order in which they come to it: another one, and other last digits, each time.
+    A lookup of embeddings adds them up in the order of the index, in half the time."""
+    return nn.functional.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
 def attention_blocks(own: Tensor, real: Tensor, places: Tensor) -> tuple[list[Block], Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.attention import attention_blocks
+from plumbing.attention import attention_blocks, pick
 from plumbing.cli import UserError, console, first_line
 
 
@@ -40,7 +40,7 @@ def packed_states(decoder, ids: Tensor, mask: Tensor) -> Tensor:
     unused = own.new_ones(1, 1, 1, 1)  # 4 dimensions: Transformers builds no (P, P) mask
     out = decoder(input_ids=packed, position_ids=positions, attention_mask=unused, use_cache=False,
                   layout=attention_blocks(own, real, places))
-    return out.last_hidden_state[0, places[:, :-1][mask[:, 1:].bool()]]
+    return pick(out.last_hidden_state[0], places[:, :-1][mask[:, 1:].bool()])
 
 
 def padded_states(model, ids: Tensor, mask: Tensor, output: str) -> Tensor:

@@ -64,6 +64,24 @@ def test_scorer_equals_a_plain_pass_over_every_row(tokenizer, make, rows):
     assert seen == [nodes(rows)]
 
 
+def test_the_gradient_is_the_same_bit_for_bit_in_every_run(tokenizer):
+    """Threads add up the gradients of a shared beginning in one order, whoever comes first."""
+    scorer, threads = TokenScorer(make_model(len(tokenizer))), torch.get_num_threads()
+    rows = [list(range(5, 65)) + [(7 * i * t) % 50 + 5 for t in range(1, 60)] for i in range(40)]
+    ids, mask = collate([Sequence(row, [int(t > 60) for t in range(119)]) for row in rows],
+                        torch.device("cpu"))
+    gradients = []
+    try:
+        torch.set_num_threads(2)
+        for _ in range(12):
+            scorer.zero_grad()
+            scorer(ids, mask)[0].sum().backward()
+            gradients.append([p.grad.clone() for p in scorer.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
+
+
 def test_micro_batches_cover_everything_within_the_budget():
     sequences = [Sequence(row, []) for row in ROWS]
     for budget in (1, 12, 20, 1000):
