@@ -47,21 +47,28 @@ def main(out: Out = HERE) -> None:
         "ran. " + machines(everything),
         "## Claims", claims_table(table, by_arm),
         f"Differences are points of exact match on the same {table['questions']} questions of the "
-        "demo's world, with the real engine (BM25), greedy; of several seeds each question's mean. "
-        "The 95 % interval is of the questions: how far seeds differ is seen in the row of seeds. "
-        'Rule "higher": agrees where the interval lies above 0, disagrees where it lies below. '
-        f'Rule "not worse": the same with {-table["margin"]:g} in the place of 0.',
+        "demo's world, with the real engine (BM25), greedy; with several seeds, each question "
+        "counts with its mean. The 95 % interval covers the choice of questions, not that of "
+        'seeds: see "by seed"; with one seed, a verdict may be luck. Rule "higher": agrees if the '
+        "whole interval is above 0, disagrees if it is below, else can't tell. \"Not worse\": the "
+        f"same with {-table['margin']:g} in the place of 0. The paper's figures are averages over "
+        "seven benchmarks; its REINFORCE has no baseline, ours the mean of the other attempts.",
         "## Arms", arms_table(by_arm),
-        "An arm is the demo's RL run with one change. EM in percent with its 95 % interval: clean, "
-        "and with half of the engine's results replaced by documents of deeper ranks "
-        "([noisy.py](noisy.py)). Reward: the mean of the first and of the last fifth of the steps. "
-        "Search side and whole run: at the prices of data/prices.toml (`costs.py run`).",
+        "A trained arm is the demo's RL run with the change that is named, from the same warm "
+        "start. EM in percent with its 95 % interval: clean, and with half of the engine's results "
+        "replaced by documents of deeper ranks ([noisy.py](noisy.py)). Reward: the mean of the "
+        "first and of the last fifth of the steps. Search side and whole run: at the prices of "
+        "data/prices.toml (`costs.py run`).",
         "![Training reward and held-out reward of every arm](curves.png)",
         "## Exercises",
-        "Each is one more run, some 40 minutes on two cores at 0.4 TFLOP/s (estimated; `run.py` "
-        "says first how long it takes on yours). What you look at is then in `runs/mine/ARM-0` "
-        "(trajectories: `python evaluate.py show runs/mine/ARM-0`). The answers are of the runs "
-        "that are kept here.", exercise_list(table, by_arm),
+        "Each is one more run, from the root of the repository, after `make demo`: some 40 minutes "
+        "on two cores at 0.4 TFLOP/s (estimated; `run.py` says first how long it takes on yours). "
+        "First write down what you expect. Then compare `metrics.jsonl` and `eval.jsonl` of "
+        "`runs/mine/ARM-0` with those of `results/paper/zerosearch-0`. `.venv/bin/python "
+        "results/paper/page.py --out runs/mine` writes this page about your runs, with EM by hops "
+        "(steps of a question); `.venv/bin/python evaluate.py show runs/mine/ARM-0` prints "
+        "trajectories. An answer is two figures and a reason; how far one arm's seeds differ tells "
+        "how large a difference must be.", exercise_list(table, by_arm),
         "## What can't be tested at this size",
         "- Model sizes: the policy and the simulator are SmolLM2-135M.\n"
         "- Google: the real engine is BM25 over 3,129 passages, and misses little of what is "
@@ -153,11 +160,14 @@ def claims_table(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
 
 
 def exercise_list(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
-    return "\n".join(
-        f"{number}. **{row['asks']}** `python results/paper/run.py {row['arm']} --seeds 0 --out "
-        f"runs/mine`<br>Look at: {row['look']}<br>Answer: "
-        + "; ".join(one_line(by_arm[row[name]]) for name in ("arm", "than")) + "."
-        for number, row in enumerate(table["exercises"], 1))
+    lines = []
+    for number, row in enumerate(table["exercises"], 1):
+        shown = "; ".join(one_line(by_arm[row[name]]) for name in ("arm", "than"))
+        lines.append(
+            f"{number}. **{row['asks']}** `.venv/bin/python results/paper/run.py {row['arm']} "
+            f"--seeds 0 --out runs/mine`<br>Compare: {row['look']}"
+            f"<details><summary>What the runs show</summary>{shown}.</details>")
+    return "\n".join(lines)
 
 
 def one_line(cells: list[Cell]) -> str:
