@@ -97,9 +97,9 @@ def packed_attention(module, query, key, value, attention_mask, layout=None, sca
 def pick(x: Tensor, index: Tensor) -> Tensor:
     """x (P, ...)[index], with a gradient that is the same in every run.
 
-    Of x[index], PyTorch's threads on a CPU add up the gradients of an element that is picked more
-    than once in the order in which they come to it: another one, and other last digits, each time.
-    A lookup of embeddings adds them up in the order of the index, in half the time."""
+    With x[index] on a CPU, an element that is picked more than once gets its gradients in the order
+    in which threads come to it: the last digits of their sum differ from run to run. A lookup of
+    embeddings adds them up in the order of the index."""
     return nn.functional.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 

@@ -160,9 +160,10 @@ def claims_table(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
 
 
 def exercise_list(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
-    lines = []
+    """An exercise compares an arm with the first one, the method itself."""
+    lines, method = [], one_line(next(iter(by_arm.values())))
     for number, row in enumerate(table["exercises"], 1):
-        shown = "; ".join(one_line(by_arm[row[name]]) for name in ("arm", "than"))
+        shown = f"{one_line(by_arm[row['arm']])}; {method}"
         lines.append(
             f"{number}. **{row['asks']}** `.venv/bin/python results/paper/run.py {row['arm']} "
             f"--seeds 0 --out runs/mine`<br>Compare: {row['look']}"
