@@ -35,7 +35,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -63,7 +63,8 @@ from plumbing.served import load_generator
 from plumbing.text import (ROOT, contains_answer, cover_em, encode, exact_match, f1_score, fill,
                            load_prompts, neutralize, normalize_answer, prompt_ids)
 from sft_simulator import SearchSettings, format_documents
-from train_rl import (Episode, EpisodeSettings, Setup, Turn, new_episode, rollout, search_turn)
+from train_rl import (Episode, EpisodeSettings, Setup, Turn, blank_episode, new_episode,
+                      read_prompt, rollout, search_turn)
 
 app = make_app(__doc__)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -104,18 +105,9 @@ def sample_questions(rows: Rows, limit: int | None, seed: int) -> Rows:
 ANSWER_TOKENS = 32  # an answer is a few words; what goes on is wrong anyway
 
 
-def blank_episode(row: dict[str, Any]) -> Episode:
-    return Episode(str(row["id"]), row["question"], row["golden_answers"], row.get("hops"),
-                   row.get("sample", 0))
-
-
-def read_prompt(episode: Episode, setup: Setup, method: str, **values: str) -> Episode:
-    """Begin an episode with the method's prompt."""
-    template = setup.prompts[method]
-    user = fill(template["user"], question=neutralize(episode.question, setup.tokenizer), **values)
-    episode.read(prompt_ids(setup.tokenizer, fill(template["system"]), user))
-    episode.prompt_tokens = len(episode.ids)
-    return episode
+def prompted(row: dict[str, Any], setup: Setup, method: str) -> Episode:
+    """An episode that holds the method's prompt alone."""
+    return read_prompt(blank_episode(row), setup.tokenizer, setup.prompts[method])
 
 
 def write_on(episodes: list[Episode], setup: Setup, max_tokens: int,
@@ -167,13 +159,13 @@ def agent(rows: Rows, setup: Setup) -> list[Episode]:
 
 def direct(rows: Rows, setup: Setup) -> list[Episode]:
     """The answer at once, from what the model knows."""
-    episodes = [read_prompt(blank_episode(row), setup, "direct") for row in rows]
+    episodes = [prompted(row, setup, "direct") for row in rows]
     return conclude(episodes, setup, "direct")
 
 
 def cot(rows: Rows, setup: Setup) -> list[Episode]:
     """Reasoning first, then the answer: zero-shot chain of thought (Kojima et al. 2022)."""
-    episodes = [read_prompt(blank_episode(row), setup, "cot") for row in rows]
+    episodes = [prompted(row, setup, "cot") for row in rows]
     texts = write_on(episodes, setup, setup.limits.tokens_per_turn)
     for episode, text in zip(episodes, texts, strict=True):
         episode.turns.append(Turn(text, "invalid"))
@@ -189,7 +181,7 @@ def rag(rows: Rows, setup: Setup) -> list[Episode]:
     for episode in episodes:
         documents = setup.tokenizer.decode(episode.ids).strip()  # as read: made safe, and cut
         episode.ids, episode.mask, episode.logprobs = [], [], []
-        read_prompt(episode, setup, "rag", documents=documents)
+        read_prompt(episode, setup.tokenizer, setup.prompts["rag"], documents=documents)
     return conclude(episodes, setup, "rag")
 
 
@@ -198,7 +190,7 @@ REACT_ACTION = re.compile(r"(Search|Finish)\[(.*?)\]", re.DOTALL)
 
 def ra_agent(rows: Rows, setup: Setup) -> list[Episode]:
     """ReAct (Yao et al. 2023): thought, action, observation; a cue when searches run out."""
-    active = episodes = [read_prompt(blank_episode(row), setup, "ra_agent") for row in rows]
+    active = episodes = [prompted(row, setup, "ra_agent") for row in rows]
     for _ in range(setup.limits.max_searches):
         for episode in active:
             episode.read(encode(setup.tokenizer, "\nThought:"))
@@ -476,7 +468,7 @@ def answer_batch(rows: Rows, method: Callable, setup: Setup, state: PartialState
     for episode in episodes:
         if episode.end != "failed":
             episode.scores = answer_scores(episode.answer, episode.golden_answers)
-    everyone = gather_object([episode.record() for episode in episodes])
+    everyone = gather_object([asdict(episode) for episode in episodes])
     records = {(record["id"], record["sample"]): record for record in everyone}
     seconds = (time.perf_counter() - started) / len(rows)
     ordered = [records[str(row["id"]), row["sample"]] for row in rows]

@@ -36,7 +36,8 @@ from plumbing.files import (append_jsonl, check_out_file, draw_seed, read_jsonl,
 from plumbing.formats import read_trajectories
 from plumbing.generate import Generator, Sampling, attempt
 from plumbing.metrics import agreement
-from plumbing.models import (load_model, load_tokenizer, make_accelerator, simulator_tuning)
+from plumbing.models import (load_model, load_tokenizer, make_accelerator, prepare_trained,
+                             simulator_tuning)
 from plumbing.remote import chat_verdicts, is_server
 from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate, micro_batches, same_count
 from plumbing.runfolder import FolderSettings, RunFolder
@@ -342,11 +343,9 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
     if not sequences:
         raise UserError("there is nothing to train on")
     scorer = TokenScorer(model.train())
-    adam = torch.optim.AdamW(scorer.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
-    scorer, optimizer = accelerator.prepare(scorer, adam)
     steps = draw_batches(len(sequences), s)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(len(steps)))
-    accelerator.register_for_checkpointing(schedule)
+    factor = warmup_and_decay(len(steps))
+    scorer, optimizer, schedule = prepare_trained(accelerator, scorer, s.lr, factor)
     if s.resume:
         checkpoints.go_on()
     with progress_bar() as bar:

@@ -45,7 +45,8 @@ from plumbing.generate import Generator, Sampling, attempt
 from plumbing.metrics import (SKIPPED, add_up, check_empty_steps, collapse_warning, empty_steps,
                               eval_metrics, rollout_metrics, update_metrics)
 from plumbing.models import (load_model, load_tokenizer, load_trained, make_accelerator,
-                             named_weights, prepare_reference, prepare_trained, save_model, whole)
+                             named_weights, prepare_reference, prepare_trained, rise, save_model,
+                             whole)
 from plumbing.ranks import (Pass, Worker, balance_over_ranks, gather_groups, pad, split, unpad)
 from plumbing.rates import PhaseClock, peak_flops, rates
 from plumbing.remote import in_threads
@@ -110,10 +111,6 @@ class Episode:
         self.mask += [0] * len(ids)
         self.logprobs += [0.0] * len(ids)
 
-    def record(self) -> dict[str, Any]:
-        """The episode as one line of episodes.jsonl or predictions.jsonl."""
-        return asdict(self)
-
     def trained_mask(self, mask_documents: bool) -> list[int]:
         """1 where a token is trained: the policy's own; without document masking (Table 7) all but
         the prompt. Loss, KL, entropy, advantages and values all follow."""
@@ -127,10 +124,19 @@ def new_episode(row: dict[str, Any], sample: int, tokenizer, prompts: Prompts,
                 search: bool = True) -> Episode:
     """An episode that holds its prompt alone; `search`: whether the template offers it."""
     template = prompts["policy" if search else "policy_without_search"]
+    return read_prompt(blank_episode(row | {"sample": sample}), tokenizer, template)
+
+
+def blank_episode(row: dict[str, Any]) -> Episode:
+    return Episode(str(row["id"]), row["question"], row["golden_answers"], row.get("hops"),
+                   row.get("sample", 0))
+
+
+def read_prompt(episode: Episode, tokenizer, template: dict[str, str], **values: str) -> Episode:
+    """Begin an episode with a template: its system text, and its user text with the question."""
     # neutralize: no control tag and no special token from outside survives
-    user = fill(template["user"], question=neutralize(row["question"], tokenizer))
-    episode = Episode(str(row["id"]), row["question"], row["golden_answers"], row.get("hops"))
-    episode.sample = sample
+    question = neutralize(episode.question, tokenizer)
+    user = fill(template["user"], question=question, **values)
     episode.read(prompt_ids(tokenizer, fill(template["system"]), user))
     episode.prompt_tokens = len(episode.ids)
     return episode
@@ -439,12 +445,6 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
     return advantages, (advantages + values) * mask
 
 
-def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """The sum of what is still to come at each policy token. (B, L) -> (B, L)."""
-    returns, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)
-    return returns
-
-
 def whiten(values: Tensor, mean: Tensor, std: Tensor, mask: Tensor) -> Tensor:
     """Zero mean and unit variance over the global batch, whose moments are given. All (B, L).
 
@@ -538,7 +538,9 @@ def ppo(batch: Batch, s: "TrainSettings") -> tuple[Tensor, Tensor]:
 
 def reinforce_plus_plus(batch: Batch, s: "TrainSettings") -> tuple[Tensor, None]:
     rewards = token_rewards(batch.rewards, batch.kl, batch.mask, s.kl_coef)
-    return batch.whiten(discounted_returns(rewards, batch.mask, s.gamma)), None
+    # Without a value and with lambda 1, advantages are the discounted sums of what is to come.
+    returns, _ = gae(rewards, torch.zeros_like(rewards), batch.mask, s.gamma, lam=1.0)
+    return batch.whiten(returns), None
 
 
 @dataclass(frozen=True)
@@ -669,14 +671,12 @@ def make_trainer(accelerator: Accelerator, s: TrainSettings) -> Trainer:
     """Policy, critic and reference on the device; float32 weights, bfloat16 arithmetic."""
     policy = TokenScorer(load_trained(s.model, s.gradient_checkpointing))
     steps = s.curriculum_steps or s.steps  # a run that is extended keeps its warm-up
-    warmup_steps = int(s.warmup_ratio * steps)
-    *prepared, schedule = prepare_trained(accelerator, policy, s.lr, warmup_steps)
+    *prepared, schedule = prepare_trained(accelerator, policy, s.lr, rise(s.warmup_ratio * steps))
     trainer = Trainer(accelerator, *prepared, schedules=[schedule])
     if ALGORITHMS[s.algorithm].critic:
         critic = Critic(load_trained(s.critic or s.model, s.gradient_checkpointing))
-        warmup_steps = int(s.critic_warmup_ratio * steps)
         trainer.critic, trainer.critic_optimizer, schedule = prepare_trained(
-            accelerator, critic, s.critic_lr, warmup_steps)
+            accelerator, critic, s.critic_lr, rise(s.critic_warmup_ratio * steps))
         trainer.schedules.append(schedule)
     if s.kl_coef > 0:
         reference = TokenScorer(load_model(s.model)).requires_grad_(False)
@@ -1043,7 +1043,7 @@ def learn(run: Run, step: int, episodes: list[Episode], clock: PhaseClock) -> di
     except FloatingPointError as error:
         kept = s.out.with_name(f"{s.out.name}-nonfinite.jsonl")  # for s.out may go: see RunFolder
         if accelerator.is_main_process:
-            append_jsonl(kept, [e.record() for e in episodes])
+            append_jsonl(kept, [asdict(e) for e in episodes])
         raise UserError(f"step {step}: {error}; its episodes are in {kept}") from None
     with clock("sync"):
         run.setup.generator.load_weights(named_weights(run.policy))
@@ -1059,7 +1059,7 @@ def record(run: Run, step: int, episodes: list[Episode],
     run.searches += metrics["cost/searches"]
     run.failed += metrics["search/failed"]
     if accelerator.is_main_process:
-        append_jsonl(s.out / "episodes.jsonl", [{"step": step} | e.record() for e in episodes])
+        append_jsonl(s.out / "episodes.jsonl", [{"step": step} | asdict(e) for e in episodes])
         append_jsonl(s.out / "metrics.jsonl", [metrics])
         if warning := collapse_warning(metrics, run.setup.engine is not None):
             console.print(f"step {step}: {warning}", style="yellow")

@@ -4,7 +4,6 @@ Accelerate saves and loads the state; it has no atomic write, and no checkpoint 
 
 import json
 import logging
-import os
 import shutil
 import sys
 import zipfile
@@ -21,7 +20,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
 from plumbing.cli import Settings, UserError, console, first_line, leave
-from plumbing.files import read_jsonl
+from plumbing.files import flush, read_jsonl, set_lines_aside
 from plumbing.models import save_model
 from plumbing.runfolder import StopRun, begun, set_aside
 from plumbing.signals import Signals, resume_command
@@ -32,10 +31,12 @@ LOGS = ("metrics.jsonl", "episodes.jsonl")  # what a run appends at each step
 
 def check_tracker(name: str | None) -> None:
     """Raise UserError if Accelerate has no such tracker, or its package is not installed."""
-    if name is not None and name not in LOGGER_TYPE_TO_CLASS:
+    if name is None:
+        return
+    if name not in LOGGER_TYPE_TO_CLASS:
         known = ", ".join(map(str, LOGGER_TYPE_TO_CLASS))
         raise UserError(f"--logger {name}: Accelerate knows {known}")
-    if name is not None and name not in map(str, get_available_trackers()):
+    if name not in map(str, get_available_trackers()):
         raise UserError(f"--logger {name} needs a package that is not installed: "
                         f"pip install {name}")
 
@@ -78,7 +79,7 @@ class Checkpoints:
             for later in (step for step in saved if step > self.done):
                 set_aside(checkpoint_folder(self.out, later))
             for name in (*LOGS, "eval.jsonl"):
-                set_lines_aside(self.out / name, self.done)
+                keep_steps(self.out / name, self.done)
         self.accelerator.wait_for_everyone()
         log = self.out / LOGS[0]
         return read_jsonl(log, whole_lines=True) if log.exists() else []
@@ -218,14 +219,6 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
             shutil.rmtree(checkpoint_folder(out, old))
 
 
-def flush(paths: list[Path]) -> None:
-    """Flush files, or the entries of a folder, to the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> str | None:
     """Load a checkpoint. Returns what is wrong with it, if anything, of any rank."""
     error, place = None, folder
@@ -276,17 +269,6 @@ def whole_steps(out: Path) -> int:
     return min(whole)
 
 
-def set_lines_aside(path: Path, step: int) -> None:
-    """Move a log's lines of steps after `step`, and damaged ones, to *.set-aside."""
-    if not path.exists():
-        return
-    kept = path.with_name(path.name + ".tmp")
-    aside = path.with_name(path.name + ".set-aside")
-    with open(path, "rb") as lines, open(kept, "wb") as ours, open(aside, "ab") as theirs:
-        for line in lines:
-            number = step_of(line)
-            (ours if number is not None and number < step else theirs).write(line)
-    flush([kept, aside])
-    kept.rename(path)
-    if not aside.stat().st_size:
-        aside.unlink()
+def keep_steps(path: Path, steps: int) -> None:
+    """Keep a log's lines of the first steps. Later ones and damaged ones go to *.set-aside."""
+    set_lines_aside(path, lambda _, line: (step := step_of(line)) is not None and step < steps)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,41 +144,55 @@ def whole_batches(path: Path, ids: list[str], batch_size: int) -> list[dict[str,
 
 def keep_lines(path: Path, count: int) -> None:
     """Move what follows a file's first `count` lines to *.set-aside, and say so."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    if rest := b"\n".join(lines[count:]):
-        aside = path.with_name(path.name + ".set-aside")
-        with open(aside, "ab") as file:
-            file.write(rest)
-        replace_file(path, b"".join(line + b"\n" for line in lines[:count]))
+    if set_lines_aside(path, lambda number, _: number < count):
         console.print(f"{path}: from line {count + 1} on it is damaged, or was cut short within a "
-                      f"batch: these lines are now in {aside.name}", style="yellow", markup=False,
-                      soft_wrap=True)
+                      f"batch: these lines are now in {path.name}.set-aside", style="yellow",
+                      markup=False, soft_wrap=True)
 
 
-def json_line(row: dict[str, Any]) -> str:
+def set_lines_aside(path: Path, keep: Callable[[int, bytes], bool]) -> bool:
+    """Move the lines of a file that `keep` refuses (number from 0, line) to *.set-aside. Returns
+    whether there were any. The file may be missing."""
+    if not path.exists():
+        return False
+    kept, aside = (path.with_name(path.name + suffix) for suffix in (".tmp", ".set-aside"))
+    with open(path, "rb") as lines, open(kept, "wb") as ours, open(aside, "ab") as theirs:
+        before = theirs.tell()
+        for number, line in enumerate(lines):
+            (ours if keep(number, line) else theirs).write(line)
+        moved = theirs.tell() > before
+    flush([kept, aside])
+    kept.rename(path)
+    if not aside.stat().st_size:
+        aside.unlink()
+    return moved
+
+
+def json_line(row: dict[str, Any]) -> bytes:
     """A row as a line of JSON. Half of a surrogate pair, which UTF-8 can't hold, is escaped."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        line = json.dumps(row) + "\n"
-    return line
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file atomically: a killed process leaves the old file or the new one."""
-    replace_file(path, "".join(map(json_line, rows)).encode())
+    replace_file(path, b"".join(map(json_line, rows)))
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write to a temporary file, flush it to the disk, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(content)
+    flush([temporary])
     temporary.rename(path)
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Flush files, or the entries of folders, to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -188,10 +202,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows in one write, flushed to the disk: a later crash can't lose them."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(map(json_line, rows)))
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "ab") as file:
+        file.write(b"".join(map(json_line, rows)))
+    flush([path])
 
 
 def sha256(path: Path) -> str:

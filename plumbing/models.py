@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import (AutoModelForCausalLM, AutoTokenizer,
-                          get_constant_schedule_with_warmup)
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.cli import UserError, console, first_line
@@ -211,15 +210,21 @@ def load_trained(name: str, checkpointing: bool):
 
 
 def prepare_trained(accelerator: Accelerator, module: nn.Module, lr: float,
-                    warmup_steps: int) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler]:
-    """Module and AdamW on the device, and the learning rate's schedule, which the caller steps. It
-    rises over `warmup_steps` from 0. Checkpoints hold all three."""
+                    factor: Callable[[int], float]
+                    ) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler]:
+    """Module and AdamW on the device, and the learning rate's schedule, which the caller steps:
+    `lr` times the factor of a step. Checkpoints hold all three."""
     adam = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0, fused=True)
     module, optimizer = accelerator.prepare(module, adam)
     # Accelerate's own wrapper would step it once for every rank.
-    schedule = get_constant_schedule_with_warmup(optimizer, warmup_steps)
+    schedule = LambdaLR(optimizer, factor)
     accelerator.register_for_checkpointing(schedule)
     return module, optimizer, schedule
+
+
+def rise(steps: float) -> Callable[[int], float]:
+    """The learning rate's factor at a step: up from 0 over whole `steps`, then 1."""
+    return lambda step: min(1.0, step / max(1, int(steps)))
 
 
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:

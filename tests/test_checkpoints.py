@@ -20,7 +20,7 @@ from helpers import (BUDGET, TWO_PROCESSES, make_model, one_line, question, read
 
 import train_rl as rl
 from plumbing.checkpoints import (Checkpoints, checkpoint_folder, save_checkpoint,
-                                  set_lines_aside)
+                                  keep_steps)
 from plumbing.cli import UserError
 from plumbing.signals import Signals
 from plumbing.text import ROOT
@@ -238,10 +238,10 @@ def test_a_full_disk_leaves_what_was_there_and_two_are_kept(tmp_path, capsys):
 def test_a_line_cut_short_is_set_aside(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
-    set_lines_aside(metrics, 1)
+    keep_steps(metrics, 1)
     assert metrics.read_text() == '{"step": 0}\n'
     aside = metrics.with_name("metrics.jsonl.set-aside")
     assert aside.read_text() == '{"step": 1}\n{"step": 2, "rew'
     aside.unlink()
-    set_lines_aside(metrics, 1)  # nothing to move: no empty file
+    keep_steps(metrics, 1)  # nothing to move: no empty file
     assert metrics.read_text() == '{"step": 0}\n' and not aside.exists()
