@@ -345,7 +345,7 @@ def summarize(rows: Iterable[Scores]) -> Summary:
 class RunSettings(FolderSettings, SearchSettings, EpisodeSettings):
     """Options of `run`."""
 
-    model: str = option(help='"smollm2" (embedded), a Hub id or a folder.')
+    model: str = option(help='"smollm2" (embedded), a Hub id, a folder or a vLLM server\'s URL.')
     method: str = option("agent", "How the model is put to the question.", choices=METHODS)
     benchmark: str | None = option(
         None, f"{', '.join(BENCHMARKS)} or world; several with commas; all: the paper's seven.")
@@ -663,7 +663,7 @@ class AskSettings(SearchSettings, EpisodeSettings):
     temperature: ClassVar[float] = 0.0  # greedy
 
     question: str = argument("What to ask.")
-    model: str = option(help='"smollm2" (embedded), a Hub id or a folder.')
+    model: str = option(help='"smollm2" (embedded), a Hub id, a folder or a vLLM server\'s URL.')
     answer: list[str] = option((), "simulator: the true answer (repeatable), as in training.")
 
     def unused(self) -> dict[str, str]:
