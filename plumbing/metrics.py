@@ -1,5 +1,6 @@
 """Metrics of a step: rewards, searches, tokens, cost counters, losses, and signs of collapse."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ def rollout_metrics(episodes: list[Any], group_size: int,
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(unbiased=False).item(),
         **{f"reward/{name}": mean(e.scores[name] for e in scored) for name in scored[0].scores},
-        **{f"reward/hops_{h}": mean(e.reward for e in scored if e.hops == h)
-           for h in sorted({e.hops for e in scored if e.hops})},
+        **by_hops("reward", scored, lambda e: e.reward),
         "reward/zero_variance_groups": mean(min(group) == max(group)
                                             for group in by_group if group),
         "search/per_episode": len(searches) / len(episodes),
@@ -52,7 +52,15 @@ def eval_metrics(episodes: list[Any]) -> dict[str, float]:
     scores = {f"eval/{name}": mean(e.scores[name] for e in played)
               for name in ("em", "f1", "answered")}
     return {"eval/reward": mean(e.reward for e in played), **scores,
-            "eval/searches": mean(e.searches for e in played), "eval/n": len(played)}
+            **by_hops("eval/reward", played, lambda e: e.reward),
+            "eval/searches": mean(e.searches for e in played),
+            **by_hops("eval/searches", played, lambda e: e.searches), "eval/n": len(played)}
+
+
+def by_hops(name: str, episodes: list[Any], value: Callable[[Any], float]) -> dict[str, float]:
+    """The mean of a value over the questions of each number of hops, where that is known."""
+    return {f"{name}/hops_{hops}": mean(value(e) for e in episodes if e.hops == hops)
+            for hops in sorted({e.hops for e in episodes if e.hops})}
 
 
 def mean(values) -> float:

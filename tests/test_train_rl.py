@@ -739,7 +739,8 @@ def test_failed_searches_are_counted_over_the_whole_run(train, monkeypatch):
         assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 2
 
 
-HELD_OUT = [question(7, ALIASES), question(8, ("Oslo",)), question(9, ("Lima",))]
+HELD_OUT = [question(7, ALIASES) | {"hops": 1}, question(8, ("Oslo",)) | {"hops": 2},
+            question(9, ("Lima",)) | {"hops": 2}]
 
 
 def test_held_out_questions_are_played_greedily_without_noise_and_never_trained(train, jsonl):
@@ -748,7 +749,8 @@ def test_held_out_questions_are_played_greedily_without_noise_and_never_trained(
     run = train(partial(search_then_answer, answers=("Lima",)), steps=3, p_start=1, eval_every=2,
                 eval_data=jsonl("held-out.jsonl", HELD_OUT), eval_limit=3)
     line = {"eval/reward": 2 / 3, "eval/em": 2 / 3, "eval/f1": 2 / 3, "eval/answered": 1.0,
-            "eval/searches": 1.0, "eval/n": 3}
+            "eval/reward/hops_1": 1.0, "eval/reward/hops_2": 0.5, "eval/searches": 1.0,
+            "eval/searches/hops_1": 1.0, "eval/searches/hops_2": 1.0, "eval/n": 3}
     assert read_lines(run.out / "eval.jsonl") == [{"step": n} | line for n in (0, 2, 3)]
     numbers = [set(re.findall(r"about (\d)", text)) for text in map(json.dumps, run.episodes)]
     assert set.union(*numbers) <= set("0123")  # of the training questions
