@@ -223,8 +223,8 @@ def prepare_trained(accelerator: Accelerator, module: nn.Module, lr: float,
 
 
 def rise(steps: float) -> Callable[[int], float]:
-    """The learning rate's factor at a step: up from 0 over whole `steps`, then 1."""
-    return lambda step: min(1.0, step / max(1, int(steps)))
+    """The learning rate's factor at a step: up from 0 over the whole `steps`, if any, then 1."""
+    return lambda step: 1.0 if step >= int(steps) else step / int(steps)
 
 
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
