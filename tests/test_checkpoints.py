@@ -19,8 +19,7 @@ from helpers import (BUDGET, TWO_PROCESSES, make_model, one_line, question, read
                      read_metrics)
 
 import train_rl as rl
-from plumbing.checkpoints import (Checkpoints, checkpoint_folder, save_checkpoint,
-                                  keep_steps)
+from plumbing.checkpoints import Checkpoints, checkpoint_folder, keep_steps, save_checkpoint
 from plumbing.cli import UserError
 from plumbing.signals import Signals
 from plumbing.text import ROOT
