@@ -106,3 +106,14 @@ def test_generation_stops_after_a_stop_string_and_keeps_it(tokenizer):
     sampling = Sampling(20, 1.0, ("</search>", "</answer>"))
     (result,) = HFGenerator(model, tokenizer).generate([[5]], sampling, [0])
     assert result.ids == encode(tokenizer, "think</search>") and result.stop_reason == "stop"
+
+
+def test_special_tokens_decide_nothing_about_the_attention(tokenizer):
+    """They come first in a vocabulary. A tuned model in bfloat16 gave noise for them, and was
+    decoded with the slow attention."""
+    model = make_model(len(tokenizer), intermediate_size=72)  # no other test's, checked before
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, arguments, output: torch.where(arguments[0][..., None] < 20,
+                                                      torch.randn_like(output), output))
+    HFGenerator(model, tokenizer)
+    assert model.config._attn_implementation == "decoding"
