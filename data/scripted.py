@@ -29,18 +29,23 @@ DEPTH = 20  # ranks kept: enough to find documents on the topic that lack the an
 HASTY = 3  # one in so many questions of several hops is also asked in haste
 
 
+def think(found: str | None, left: int) -> str:
+    """What the last search brought, and how many are left. The count makes the plan a word that
+    RL can change; without it, "It is Lima." would stand before a search and before an answer."""
+    need = {0: "no more", 1: "1 search"}.get(left, f"{left} searches")
+    return f"<think> {f'It is {found}. ' if found else ''}I need {need}. </think>"
+
+
 def search_turn(query: str, target: list[str], documents: list[str],
-                found: str | None) -> dict[str, Any]:
-    """One turn that searches. `found` is what the turn before brought."""
-    thought = f"It is {found}." if found else "I need to search."
-    text = f"<think> {thought} </think>\n<search> {query} </search>"
+                found: str | None, left: int) -> dict[str, Any]:
+    """One turn that searches; `left` counts this search and those after it."""
+    text = f"{think(found, left)}\n<search> {query} </search>"
     return {"text": text, "action": "search", "query": query, "target": target,
             "documents": documents}
 
 
 def answer_turn(answer: str) -> dict[str, Any]:
-    text = f"<think> It is {answer}. </think>\n<answer> {answer} </answer>"
-    return {"text": text, "action": "answer"}
+    return {"text": f"{think(answer, 0)}\n<answer> {answer} </answer>", "action": "answer"}
 
 
 def play(question: dict[str, Any], steps: list[dict[str, Any]], engine: BM25Engine,
@@ -48,11 +53,12 @@ def play(question: dict[str, Any], steps: list[dict[str, Any]], engine: BM25Engi
     """A question's trajectory; None where the first `top_k` documents lack a step's answer."""
     results = engine.search([SearchRequest(step["query"]) for step in steps])
     turns, found = [], None
-    for step, result in zip(steps, results, strict=True):
+    for number, (step, result) in enumerate(zip(steps, results, strict=True)):
         target = step["golden_answers"]
         if not contains_answer("\n".join(result.documents[:top_k]), target):
             return None
-        turns.append(search_turn(step["query"], target, result.documents, found))
+        left = len(steps) - number
+        turns.append(search_turn(step["query"], target, result.documents, found, left))
         found = target[0]
     return question | {"answer": found, "turns": [*turns, answer_turn(found)]}
 
@@ -65,7 +71,7 @@ def ask_hastily(question: dict[str, Any], decomposition: dict[str, Any],
     known = before[-1]["golden_answers"][0] if before else decomposition["subject"]
     query = last["query"].replace(target[0], known)
     (result,) = engine.search([SearchRequest(query)])
-    turn = search_turn(query, target, result.documents, None)
+    turn = search_turn(query, target, result.documents, None, 1)
     return question | {"answer": None, "turns": [turn]}
 
 
@@ -76,13 +82,15 @@ class ScriptSettings(FolderSettings):
     out: Path = option(help="Run folder; the files are predictions.jsonl and hasty.jsonl.")
     split: str = option("train", "Which questions.", choices=("train", "dev"))
     hops: tuple[int, int, int] = option((320, 320, 160), "Questions of one, two and three hops.")
+    skip: tuple[int, int, int] = option((0, 0, 0), "How many of each kind come before them.")
     top_k: int = option(3, "Documents that the searcher reads.", low=1)
 
     def check(self) -> None:
         super().check()
-        if min(self.hops) < 0:
-            raise UserError("--hops takes three numbers of questions, none below 0: "
-                            f"not {' '.join(map(str, self.hops))}")
+        for name, counts in (("hops", self.hops), ("skip", self.skip)):
+            if min(counts) < 0:
+                raise UserError(f"--{name} takes three numbers of questions, none below 0: "
+                                f"not {' '.join(map(str, counts))}")
 
 
 @command(app, ScriptSettings)
@@ -99,8 +107,8 @@ def write_trajectories(s: ScriptSettings, world: Path) -> None:
     decomposed = {row["id"]: row for row in read_jsonl(world / "decompositions.jsonl", fields)}
     engine = BM25Engine(world / "passages.jsonl", DEPTH)
     rows, questions = read_questions(world / f"{s.split}.jsonl"), []
-    for number, count in enumerate(s.hops, start=1):
-        questions += [row for row in rows if row["hops"] == number][:count]
+    for number, (count, skip) in enumerate(zip(s.hops, s.skip), start=1):
+        questions += [row for row in rows if row["hops"] == number][skip : skip + count]
     played = [play(q, decomposed[q["id"]]["steps"], engine, s.top_k) for q in questions]
     if not (records := [record for record in played if record]):
         raise UserError(f"no question of {s.split} could be answered with {s.top_k} documents "

@@ -99,136 +99,64 @@ FAMILIES = {2: "noble gas", 3: "alkali metal", 4: "alkaline earth metal", 6: "ha
             8: "transition metal", 9: "lanthanide", 10: "actinide"}
 UNSETTLED_ELEMENTS = {"Zn", "Cd", "Hg", "At", "La", "Lu", "Ac", "Lr"}  # books disagree
 # Codes that are words, though no passage has them.
-ENGLISH = {"he", "am", "me", "my", "us", "we", "so", "do", "go"}
+ENGLISH = {"he", "am", "be", "no", "me", "my", "us", "we", "so", "do", "go"}
 
 # --- Passages: each names its subject and holds the words of its queries; '|' splits wordings -----
 
 PASSAGES = {key: [" ".join(wording.split()) for wording in text.split("|")] for key, text in {
     "capital": """
-    The capital of {c} is {k}, and maps of the country usually mark this capital city with a star or
-        a ring.|
-    {k} is the capital city of {c}; atlases and school books name it first when they describe the
-        country.|
-    Among all the cities of {c}, it is {k} that holds the rank of national capital.|
-    Ask for the capital of {c} in any geography lesson and the right answer will be {k}.|
-    {c} has {k} as its capital, the city that stands for the whole country on world maps.|
-    On lists of world capitals the entry for {c} reads {k}, which is the capital city of that
-        country.""",
+    The capital of {c} is {k}, as every map of the country shows.|
+    {k} is the capital city of {c}, marked with a star on maps.|
+    {c} has {k} as its capital, the first city of the country.""",
     "currency": """
-    The currency of {c} is the {m}, which banks and money changers abbreviate as {code}.|
-    Prices in {c} are given in {ms}, because the {m} ({code}) is the official currency of the
-        country.|
-    People in {c} are paid in {ms}; the national currency is the {m}, with the international code
-        {code}.|
-    {c} uses the {m} as its currency, and exchange offices list it under the three-letter code
-        {code}.|
-    Travellers to {c} change their money into {ms}, since the currency used there is the {m}, code
-        {code}.|
-    In {c} the {m} is legal tender: the currency has the code {code} and is used in every shop.""",
+    The currency of {c} is the {m}, with the code {code}.|
+    {c} uses the {m} as its currency, with the code {code}.|
+    In {c} the currency of every shop is the {m}, code {code}.""",
     "language": """
-    {l} {are} official language of {c}, used in laws, in courts and in public offices.|
-    Visitors to {c} see {l} on many public signs; {l} {are} official language of the country.|
-    Whoever writes to a ministry in {c} had better know {l}, which {are} official language there.|
-    Laws and forms in {c} are printed in {l}, for {l} {are} official language of the country.|
-    In {c} the state speaks to its citizens in {l}, which {are} official language of the country.|
-    In lists of countries the column headed official language reads {l} in the row for {c}.""",
+    {l} {are} official language of {c}, used in laws and courts.|
+    In {c} laws are written in {l}, which {are} official language.|
+    The state of {c} writes in {l}, which {are} official language.""",
     "calling": """
-    To telephone {c} from abroad, callers first dial the country calling code {p} and then the local
-        number.|
-    The international calling code of {c} is {p}, so telephone numbers there begin with it when
-        written in full.|
-    Phone numbers in {c} carry the calling code {p} in front when they are dialled from another
-        country.|
-    {p} is the country calling code of {c}; it comes before the rest of the number on calls from
-        abroad.|
-    A call to {c} from another country starts with the calling code {p}, followed by the
-        subscriber's own number.|
-    In the international telephone plan, the calling code {p} belongs to {c} and opens calls to the
-        country.""",
+    The calling code of {c} is {p}, dialled first from abroad.|
+    {p} is the calling code of {c}, dialled before the number.|
+    Calls to {c} from abroad begin with the calling code {p}.""",
     "domain": """
-    Web addresses that belong to {c} often end in {d}, the internet domain set aside for the
-        country.|
-    The internet domain of {c} is {d}, used by many of its companies, schools and newspapers.|
-    On the internet {c} has its own top-level domain, {d}, which stands at the end of many local
-        addresses.|
-    {d} is the internet domain of {c} and closes the addresses of many websites run from the
-        country.|
-    A site registered in {c} may carry the internet domain {d} at the very end of its address.|
-    Many web addresses from {c} can be recognised by the internet domain {d}, which stands for the
-        country.""",
+    The internet domain of {c} is {d}, used by many of its schools.|
+    {d} is the internet domain of {c}, used by many firms there.|
+    Web addresses of {c} end in the internet domain {d}.""",
     "continent": """
-    {c} is a country on the continent of {t}, as any atlas or school globe will show.|
-    On a world map {c} is found in {t}, the continent to which geographers assign the country.|
-    The continent to which {c} belongs is {t}, so the country is listed under that heading in most
-        atlases.|
-    Geographers count {c} among the countries of {t}, which is the continent named beside it in most
-        atlases.|
-    Lists of countries sorted by continent place {c} under {t}, together with the others of that
-        continent.|
-    The continent of {t} includes {c}, a country described there in every good atlas of the
-        world.""",
+    {c} is a country on the continent of {t}, as atlases show.|
+    The continent of {c} is {t}, where atlases list the country.|
+    Atlases list {c} under its continent, which is {t}.""",
     "border": """
-    {c} has only one neighbour on land, {n}, and no other country shares a land border with it.|
-    The only country that borders {c} by land is {n}, so any road across the frontier leads there.|
-    {n} is the only land neighbour of {c}; maps show no other country that borders it by land.|
-    Anyone who leaves {c} on foot must enter {n}, for it is the only country that borders it by
-        land.|
-    No country but {n} borders {c} by land, which makes it the only land neighbour on the map.|
-    {c} borders only one country by land: on the far side of its land border lies its neighbour
-        {n}.""",
+    {c} borders only one country by land, its neighbour {n}.|
+    The only country that borders {c} by land is {n}.|
+    {n} is the only land neighbour of {c}, as maps show.""",
     # several neighbours: read by nobody's question, but real
     "borders": """
-    On land {c} borders {n}, and the crossings between these countries are marked on road maps.|
-    The land neighbours of {c} include {n}, as a look at a political map of the region will show.|
-    {c} shares land borders with {n}, according to the lists of neighbours kept by geographers.|
-    Maps of the region show {c} next to {n}, countries with which it has land borders in common.|
-    A traveller who crosses a land border of {c} may arrive in {n}, depending on the road taken.|
-    Among the countries that touch {c} on land are {n}, as a political map makes clear at once.""",
+    On land {c} borders {n}, as a political map shows.|
+    The land neighbours of {c} include {n}, as maps show.|
+    {c} shares land borders with {n}, as maps show.""",
     "city": """
-    {k} is a city in the country of {c}; more than {pop} people live in it and call it home.|
-    The city of {k} lies in {c}, and the GeoNames gazetteer counts more than {pop} people there.|
-    With more than {pop} inhabitants, the city of {k} is among the better known cities of {c}.|
-    Travellers to the country of {c} may well visit {k}, a city of more than {pop} people.|
-    More than {pop} people call the city of {k} home, and the country it belongs to is {c}.|
-    Detailed maps of {c} show {k}, a city in that country with a population of more than {pop}.""",
+    {k} is a city in the country of {c}.|
+    The city of {k} lies in {c}, as maps of the country show.|
+    Maps of {c} show {k}, a city in that country.""",
     "airport": """
-    {a} serves the city of {k}; on tickets and luggage tags its IATA airport code is {i}.|
-    The IATA code {i} stands for {a}, the airport used by people who fly to the city of {k}.|
-    Passengers who fly to the city of {k} may land at {a}, an airport with the IATA code {i}.|
-    On departure boards {i} means {a}, the airport with that IATA code that serves the city of {k}.|
-    {i} is the IATA code of {a}, which is an airport for the city of {k}.|
-    The city of {k} is served by {a}, and airlines know the airport by its IATA code {i}.""",
+    {a} is an airport of the city of {k}, with the IATA code {i}.|
+    The IATA code {i} stands for {a}, an airport of the city of {k}.|
+    {i} is the IATA code of {a}, an airport of the city of {k}.""",
     "symbol": """
-    The chemical symbol of {e} is {s}, and this is how the element is written in every formula.|
-    In the periodic table the element {e} is marked with the chemical symbol {s}, which chemists
-        everywhere use.|
-    Chemists write {s} for {e}: the chemical symbol of an element is the same in every language.|
-    {s} is the chemical symbol of the element {e} and stands for it in equations and in formulas.|
-    Anyone who reads the chemical symbol {s} in a formula knows that the element meant is {e}.|
-    The element {e} has the chemical symbol {s}, which is printed in its box on the periodic
-        table.""",
+    The chemical symbol of {e} is {s}, in every formula.|
+    {s} is the chemical symbol of the element {e}.|
+    Chemists write the element {e} with its chemical symbol {s}.""",
     "number": """
-    The atomic number of {e} is {n}, because each atom of the element has {n} protons in its
-        nucleus.|
-    With {n} protons in every nucleus, {e} is the element that holds atomic number {n} in the
-        periodic table.|
-    Counting the boxes of the periodic table in order, one finds the element {e} at {n}, its atomic
-        number.|
-    {e} is the element with atomic number {n}, so a neutral atom of it has {n} electrons.|
-    Every atom of {e} contains {n} protons, and therefore the element is given the atomic number
-        {n}.|
-    Atomic number {n} belongs to the element {e}, whose atoms all have {n} protons at their
-        centre.""",
+    The atomic number of {e} is {n}, for its atoms have {n} protons.|
+    The element {e} has {n} protons and so the atomic number {n}.|
+    {n} is the atomic number of the element {e}.""",
     "family": """
-    The element {e} belongs to the family of the {fs}, whose members resemble one another in many
-        ways.|
-    In the periodic table {e} is counted among the {fs}, a family of elements with much in common.|
-    Chemists place {e} in the family of elements known as the {fs}, next to its close relatives.|
-    The family of the {fs} includes {e}, an element that is usually taught together with the
-        others.|
-    {e} is one of the {fs}, the element family in whose chapter chemistry books describe it.|
-    Like the other {fs}, {e} is an element with the typical traits of its family in the periodic
-        table.""",
+    The element {e} belongs to the family of the {fs}.|
+    {e} is one of the {fs}, a family of elements.|
+    Chemists count the element {e} among the family of the {fs}.""",
 }.items()}
 
 
@@ -390,14 +318,6 @@ def unique(names) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
-def people_over(count: int) -> str:
-    """A round number below a population: it stays true while censuses and city limits change."""
-    steps = {10_000_000: "ten million", 5_000_000: "five million", 2_000_000: "two million",
-             1_000_000: "a million", 500_000: "500,000", 250_000: "250,000", 100_000: "100,000",
-             50_000: "50,000", 10_000: "10,000"}
-    return next((text for size, text in steps.items() if count > size), "a thousand")
-
-
 # --- World: passages and facts --------------------------------------------------------------------
 
 
@@ -529,9 +449,9 @@ def tell_country(world: World, code: str, countries: dict[str, dict], cluster: s
         world.link("capital_country", country["capital"], country["aliases"], passage, cluster)
     currency = read_currency(code, country["currencycode"]) if asked("currency") else None
     if currency:
-        name, plural, answers = currency
+        name, answers = currency
         unit = country["currencycode"]
-        passage = world.tell("currency", label, c=c, m=name, ms=plural, code=unit)
+        passage = world.tell("currency", label, c=c, m=name, code=unit)
         world.link("country_currency", label, answers, passage, cluster)
         if unit not in SHARED_CURRENCIES:
             world.link("currency_country", name, country["aliases"], passage, cluster)
@@ -569,8 +489,8 @@ def only_neighbour(country: dict) -> str:
     return country["neighbours"] if alone and country["iso"] not in SKIP["border"].split() else ""
 
 
-def read_currency(country: str, code: str) -> tuple[str, str, list[str]] | None:
-    """Name, plural and accepted answers of a currency, if GeoNames and CLDR agree on one."""
+def read_currency(country: str, code: str) -> tuple[str, list[str]] | None:
+    """Name and accepted answers of a currency, if GeoNames and CLDR agree on one."""
     from babel.numbers import get_currency_name, get_territory_currencies
 
     if get_territory_currencies(country) != [code]:
@@ -580,7 +500,7 @@ def read_currency(country: str, code: str) -> tuple[str, str, list[str]] | None:
     # "dollar" and "franc" alone fit a dozen countries: they would be right by accident.
     short = [name.split()[-1], plural.split()[-1]]
     short = [] if short[0] in {"dollar", "franc", "mark"} else short
-    return name, plural, unique([name, plural, *short, code, *CURRENCY_ALIASES.get(code, [])])
+    return name, unique([name, plural, *short, code, *CURRENCY_ALIASES.get(code, [])])
 
 
 def spell_currency(name: str) -> str:
@@ -605,8 +525,7 @@ def tell_city(world: World, city: dict, country: dict, cluster: str) -> None:
     """Passages of a city and its airports: of its country they tell the name alone."""
     label = city["label"]
     answers = city_aliases(label, city["name"])
-    passage = world.tell("city", label, k=label, c=the(country["label"]),
-                         pop=people_over(city["population"]))
+    passage = world.tell("city", label, k=label, c=the(country["label"]))
     world.link("city_country", label, country["aliases"], passage, cluster)
     for airport in city["airports"]:
         name, code = airport["name"], airport["iata"]

@@ -104,6 +104,7 @@ WRONG = [
     (costs, ["plan", "--prices", "nowhere.toml"], "nowhere.toml"),
     (costs, ["run", "old", "./old"], "a run is named twice"),
     (SCRIPTED, ["--hops", -1, 2, 3, "--out", "new"], "--hops"),
+    (SCRIPTED, ["--skip", 1, -2, 3, "--out", "new"], "--skip"),
     (WORLD, ["check", "--out", "old"], "passages.jsonl"),
     # engines that lack something
     (sim, [*SEARCH, "--engine", "http"], "needs --url"),

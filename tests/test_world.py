@@ -67,7 +67,7 @@ def test_passages_are_short_and_name_their_subject():
     assert len({passage["text"] for passage in PASSAGES.values()}) == len(PASSAGES)
     for passage in PASSAGES.values():
         assert list(passage) == ["id", "title", "text"]
-        assert 15 <= len(passage["text"].split()) <= 40, passage
+        assert 9 <= len(passage["text"].split()) <= 25, passage
         assert plain(passage["title"]) in plain(passage["text"]), passage
         assert not re.search(r"[{}]|\bthe the\b|  |[^.]$", passage["text"]), passage
 
@@ -164,6 +164,21 @@ def test_bm25_finds_the_passage_of_every_kind_of_step(capsys):
     asked = Counter(edge for row in EVERYTHING for edge, *_ in steps_of(row))
     assert {edge: int(n) for edge, n, _ in table} == asked | {"all": asked.total()}
     assert min(float(recall) for *_, recall in table) >= 0.97
+
+
+def test_the_scripted_searcher_counts_its_searches_and_takes_other_questions(tmp_path):
+    for name, skip in (("first", (0, 0, 0)), ("next", (4, 3, 2))):
+        command(data_script("scripted"), "--hops", 4, 3, 2, "--skip", *skip, "--out",
+                tmp_path / name)
+    first, following = (read_lines(tmp_path / name / "predictions.jsonl")
+                        for name in ("first", "next"))
+    assert len({record["id"] for record in first + following}) == 18
+    thoughts = [turn["text"].split("</think>")[0] for turn in first[-1]["turns"]]
+    assert [thought.partition("I need ")[2] for thought in thoughts] == [
+        "3 searches. ", "2 searches. ", "1 search. ", "no more. "]
+    assert "It is" not in thoughts[0] and all(
+        f"It is {turn['target'][0]}." in thought
+        for turn, thought in zip(first[-1]["turns"], thoughts[1:]))
 
 
 def test_the_scripted_searcher_also_asks_in_haste(tmp_path):
