@@ -92,8 +92,10 @@ def average(ours: dict[str, dict[str, float]], names: Sequence[str]) -> dict[str
 
 def run_names(runs: list[Path]) -> dict[str, Path]:
     """Each run by its folder's name, or by its path where another has the same name. The folders
-    before-rl and after-rl are called before RL and after RL."""
-    folders = [re.sub(r"^(before|after)-rl$", r"\1 RL", run.resolve().name) for run in runs]
+    before-rl, after-rl and after-rl-1 are called before RL, after RL, and after RL, seed 1."""
+    folders = [run.resolve().name for run in runs]
+    folders = [re.sub(r"^(before|after)-rl$", r"\1 RL", name) for name in folders]
+    folders = [re.sub(r"^after-rl-(\d+)$", r"after RL, seed \1", name) for name in folders]
     return {str(run) if folders.count(folder) > 1 else folder: run
             for folder, run in zip(folders, runs)}
 

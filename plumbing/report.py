@@ -58,7 +58,7 @@ def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dic
     if held_out:
         heights["held out"] = 2.2
     fig, axes = panels(len(heights), list(heights.values()), sharex=True)
-    panel = dict(zip(heights, axes))
+    panel, held_out_title = dict(zip(heights, axes)), ""
     for (name, steps), colour in zip(trainings.items(), cycle(COLOURS)):
         x = [step["step"] for step in steps]
         kernel = np.ones(min(len(x), max(3, len(x) // 20)))
@@ -72,12 +72,11 @@ def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dic
             noise = [step["noise/p"] for step in steps]
             panel["noise"].plot(x, noise, color=colour, linewidth=2)
         if curve := held_out.get(name):
-            done, rewards = ([line[key] for line in curve] for key in ("step", "eval/reward"))
-            panel["held out"].plot(done, rewards, "o-", color=colour, linewidth=2, markersize=5)
+            held_out_title = draw_held_out(panel["held out"], curve, colour)
     titles = {"reward": ("Training reward", "mean reward, 0 to 1"),
               "searches": ("Searches", "per episode"),
               "noise": ("Curriculum: share of searches answered with noise", "probability p"),
-              "held out": ("Held-out questions, greedy, without noise", "mean reward")}
+              "held out": (held_out_title, "mean reward")}
     for name, ax in panel.items():
         title, label = titles[name]
         ax.set(title=title, ylabel=label, ylim=(0, 1.1 * max(ax.get_ylim()[1], 0.1)))
@@ -86,6 +85,20 @@ def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dic
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     fig.legend(loc="outside lower center", ncols=3)
     save_figure(fig, path)
+
+
+def draw_held_out(ax, curve: list[dict], colour: str) -> str:
+    """The held-out reward, and thinner that of one, two and three hops, where it is known.
+    Returns the panel's title."""
+    done = [line["step"] for line in curve]
+    ax.plot(done, [line["eval/reward"] for line in curve], "o-", color=colour, linewidth=2,
+            markersize=5)
+    title = "Held-out questions, greedy, no noise"
+    for hops, style in ((1, ":"), (2, "--"), (3, "-.")):
+        if (key := f"eval/reward/hops_{hops}") in curve[0]:
+            ax.plot(done, [line[key] for line in curve], style, color=colour, linewidth=1)
+            title = "Held-out, greedy, no noise; thin: 1 hop dotted, 2 dashed, 3 dash-dotted"
+    return title
 
 
 def draw_em(evaluations: dict[str, dict], path: Path) -> None:
@@ -117,6 +130,8 @@ def draw_hops(agents: dict[str, dict], path: Path) -> None:
     """EM and searches by number of hops, the runs side by side, with 95 % intervals.
 
     agents: name -> by_hops of results.json."""
+    from matplotlib.ticker import MaxNLocator
+
     fig, axes = panels(2, [2.6, 2.2], sharex=True)
     hops = sorted({hop for found in agents.values() for hop in found})
     width = 0.8 / len(agents)
@@ -133,6 +148,7 @@ def draw_hops(agents: dict[str, dict], path: Path) -> None:
     counts = [max(found[hop]["n"] for found in agents.values() if hop in found) for hop in hops]
     axes[0].set(title="Exact match, %", ylim=(0, 100))
     axes[1].set(title="Searches a question", ylim=(0, None))
+    axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].set_xticks(range(len(hops)), [f"{hop} hop{'s' * (hop != '1')} (n = {n})"
                                           for hop, n in zip(hops, counts)])
     for ax in axes:

@@ -651,7 +651,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
         {"step": i, "reward/mean": 0.1 * i, "search/per_episode": 1.0 + i, "noise/p": 0.5 - i / 50,
          "time/step": 2400, "time/search": 1200, "cost/searches": 200,
          "rate/update_tflops": 0.1, "rate/mfu": 0.25} for i in range(3)])
-    jsonl("zero/eval.jsonl", [{"step": i, "eval/reward": 0.2 + i / 10} for i in (0, 3)])
+    jsonl("zero/eval.jsonl", [{"step": i, "eval/reward": 0.2 + i / 10,
+                               "eval/reward/hops_2": 0.7 + i / 10} for i in (0, 3)])
     jsonl("zero/episodes.jsonl", [SEARCHED | {"id": "q8"}, SEARCHED])
     jsonl("zero/config.json", [{"settings": {"engine": "simulator"},
                                 "hardware": {"device": "cuda", "name": "A100-80GB", "count": 2}}])
@@ -688,7 +689,8 @@ def test_report_puts_every_figure_in_its_column(tmp_path, monkeypatch, jsonl):
     assert bars[:3] == [(0, *em), (1, *em), (0, *em)]  # one and two, then the other benchmark's
     assert (tmp_path / "page/costs.png").exists()
     assert [width for _, width, _ in bars[3:]] == pytest.approx([5.5, 2.95, 5.9])
-    assert [list(x) for x, *_ in curves] == [[0, 1, 2]] * 5 + [[0, 3]]
+    assert [list(x) for x, *_ in curves] == [[0, 1, 2]] * 5 + [[0, 3]] * 2
+    assert list(curves.pop()[1]) == pytest.approx([0.7, 1.0])  # held out, of two hops
     assert list(curves.pop()[1]) == pytest.approx([0.2, 0.5])  # held out
     # the reward and its mean over neighbours, the searches and theirs, the noise
     assert np.array([list(y) for _, y, _ in curves]) == pytest.approx(np.array([
@@ -754,13 +756,14 @@ def test_report_tells_what_it_lacks(tmp_path, monkeypatch, jsonl):
         jsonl(folder / "predictions.jsonl", [question(i) | {"answer": "Lima" if i < right else None}
                                              for i in range(8)])
     (out / "seconds.txt").write_text("policy: 120 s\n")
-    third = evaluation(tmp_path / "seed-1")  # each later agent is held against the first
-    jsonl("seed-1/predictions.jsonl", [question(i) | {"answer": "Lima"} for i in range(8)])
+    third = evaluation(tmp_path / "after-rl-1")  # each later agent is held against the first
+    jsonl("after-rl-1/predictions.jsonl", [question(i) | {"answer": "Lima"} for i in range(8)])
     command(evaluate, "report", *agents, third, "--out", out)
     text = (out / "report.md").read_text()
     assert ("**trained** minus **warm**: EM +75.0 points (95 % interval +28.0 to +92.9, "
             "p = 0.0312: higher)") in text
-    assert "**seed-1** minus **warm**: EM +75.0 points" in text and "minus **trained**" not in text
+    assert "**after RL, seed 1** minus **warm**: EM +75.0 points" in text
+    assert "minus **trained**" not in text
     assert "## The same questions, before and after" in text  # the first two
     assert "| policy | 120 s |" in text and "## Training" not in text
 
