@@ -13,7 +13,7 @@ import train_rl as rl
 from plumbing.cli import UserError
 from plumbing.engines import SearchRequest, SearchResult
 from plumbing.files import write_json, write_jsonl
-from plumbing.runfolder import Lock
+from plumbing.runfolder import Lock, read_config
 
 FOLDER = ROOT / "results/paper"
 ARMS = """
@@ -176,8 +176,18 @@ def test_the_demos_run_is_the_arm_without_a_change(paper, demo, tmp_path):
     made = tmp_path / "demo/policy"
     for name in ("config.json", "episodes.jsonl", "metrics.jsonl"):
         assert (out / "zero-0" / name).read_bytes() == (made / name).read_bytes()
-    assert paper["run"].demo_run(paper["arms"].list_cells(["real"], [0], out)[0]) is None
     assert (made / "model").is_dir()
+
+
+def test_the_other_seeds_of_the_demo_are_arms_too(paper, demo, tmp_path):
+    config = read_config(tmp_path / "demo/policy")
+    (tmp_path / "demo/policy-1/model").mkdir(parents=True)
+    write_json(tmp_path / "demo/policy-1/config.json",
+               config | {"settings": config["settings"] | {"seed": 1}})
+    cells = [*paper["arms"].list_cells(["zero"], [0, 1, 2], tmp_path),
+             *paper["arms"].list_cells(["real"], [0], tmp_path)]
+    found = [paper["run"].demo_run(cell) for cell in cells]
+    assert [run and run.name for run in found] == ["policy", "policy-1", None, None]
 
 
 def keep(out, cell, right, test="clean", questions=10):

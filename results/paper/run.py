@@ -7,7 +7,8 @@
     python results/paper/page.py                    # README.md beside this file, in seconds
 
 `make demo` comes first: all arms start from its simulator and its warm start, with the settings of
-its RL run, which is itself the arm without a change. This script calls the chapters' own commands
+its RL run, which is itself the arm without a change (as are the runs of `results/demo/run.sh
+seeds`, if they are there). This script calls the chapters' own commands
 in runs/paper/ARM-SEED and copies what the page needs into OUT/ARM-SEED, each file when its stage is
 done; so a killed driver goes on, and several drivers share the arms: each takes one that nobody
 else holds.
@@ -54,9 +55,13 @@ def demo_settings() -> dict[str, Any]:
 
 
 def demo_run(cell: Cell) -> Path | None:
-    """The demo's RL run, if it is this cell: the arm without a change, of the demo's seed."""
-    unchanged = not (cell.arm.train or cell.arm.method)
-    return DEMO / "policy" if unchanged and demo_settings()["seed"] == cell.seed else None
+    """The RL run of the demo that is this cell: the arm without a change, of the demo's seed or one
+    of those that `results/demo/run.sh seeds` adds. None if there is none."""
+    if cell.arm.train or cell.arm.method:
+        return None
+    runs = [run for run in (DEMO / "policy", DEMO / f"policy-{cell.seed}")
+            if (run / "model").is_dir()]
+    return next((run for run in runs if read_config(run)["settings"]["seed"] == cell.seed), None)
 
 
 def train_command(arm: Arm, seed: int, out: Path, demo: dict[str, Any]) -> list[str]:
