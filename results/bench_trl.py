@@ -3,13 +3,13 @@
 \b
     python results/bench_trl.py compare    # after make demo; writes results/trl.md
 
-Two workloads of 64 rollouts of 8 prompts, float32 weights and `compute_dtype`, without KL:
+Two workloads of 64 rollouts, float32 weights and `compute_dtype`, without KL:
 
 \b
-    equal   145 prompt tokens and 64 sampled ones each: generation with Transformers on either side
-            (and with vLLM on ours, where it is installed), then the update
-    real    episodes of a training run (ragged, documents inside), given to both; TRL gets them by
-            its rollout_func
+    equal   8 of each prompt, 145 prompt tokens and 64 sampled ones: generation with Transformers on
+            either side (and with vLLM on ours, where it is installed), then the update
+    real    episodes of a training run (ragged, documents inside, groups as it had them), given to
+            both; TRL gets them by its rollout_func
 
 Every measurement is a process of its own, for peak memory is a process's; it takes one step to warm
 up, then a timed one. The two sides take turns, and figures are medians over the pairs. Rewards are
@@ -58,7 +58,7 @@ Workload = Literal["equal", "real"]
 RUN = ROOT / "runs" / "demo" / "policy" / "episodes.jsonl"
 
 MODEL = "smollm2"
-PROMPTS, ROLLOUTS = 8, 8
+EPISODES, ROLLOUTS = 64, 8  # ROLLOUTS of a prompt: of the equal workload
 PROMPT_TOKENS, COMPLETION_TOKENS = 145, 64  # of the equal workload
 BATCH_TOKENS = 1280  # of our micro-batches: on a CPU as fast as larger ones, in less memory
 TRL_BATCH = 8  # sequences of TRL's: per_device_train_batch_size
@@ -76,19 +76,24 @@ def equal_prompts(tokenizer) -> list[str]:
         text = tokenizer.decode(ids[:PROMPT_TOKENS])
         if len(tokenizer(text)["input_ids"]) == PROMPT_TOKENS:  # not if a character was cut
             texts.append(text)
-        if len(texts) == PROMPTS:
+        if len(texts) == EPISODES // ROLLOUTS:
             return texts
-    raise UserError(f"no {PROMPTS} texts of {PROMPT_TOKENS} tokens could be made")
+    raise UserError(f"no {EPISODES // ROLLOUTS} texts of {PROMPT_TOKENS} tokens could be made")
 
 
 def real_episodes(path: Path) -> list[rl.Episode]:
     """The first episodes of a run, as they were played."""
     names = {f.name for f in fields(rl.Episode)}
-    rows = read_jsonl(path, ("id", "ids", "mask", "prompt_tokens"))[: PROMPTS * ROLLOUTS]
-    if len(rows) < PROMPTS * ROLLOUTS:
-        raise UserError(f"{path}: fewer than {PROMPTS * ROLLOUTS} episodes")
+    rows = read_jsonl(path, ("id", "ids", "mask", "prompt_tokens"))[:EPISODES]
+    if len(rows) < EPISODES:
+        raise UserError(f"{path}: fewer than {EPISODES} episodes")
     return [rl.Episode(**{name: value for name, value in row.items() if name in names})
             for row in rows]
+
+
+def group_size(episodes: list[rl.Episode]) -> int:
+    """Rollouts of a prompt: a run's groups stand one after the other."""
+    return sum(episode.id == episodes[0].id for episode in episodes)
 
 
 def set_rewards(episodes: list[rl.Episode]) -> None:
@@ -102,10 +107,11 @@ def set_rewards(episodes: list[rl.Episode]) -> None:
 def measure_ours(side: str, workload: Workload, path: Path) -> dict[str, Any]:
     """Two steps of the kit's own functions; figures of the second."""
     accelerator = make_accelerator()
-    s = rl.TrainSettings(data=Path("x"), out=Path("x"), model=MODEL, rollouts=ROLLOUTS, kl_coef=0.0,
+    generator, norms = None, []
+    rollouts = ROLLOUTS if workload == "equal" else group_size(real_episodes(path))
+    s = rl.TrainSettings(data=Path("x"), out=Path("x"), model=MODEL, rollouts=rollouts, kl_coef=0.0,
                          importance_cap=0.0, batch_tokens=BATCH_TOKENS)
     trainer = rl.make_trainer(accelerator, s)
-    generator, norms = None, []
     if workload == "equal":
         tokenizer, generator = load_tokenizer(MODEL), endless_generator(side)
         ids = [tokenizer(text)["input_ids"] for text in equal_prompts(tokenizer)]
@@ -186,12 +192,15 @@ def measure_trl(workload: Workload, path: Path) -> dict[str, Any]:
         return [float(i % 2) for i in range(len(completions))]
 
     tokenizer, model = load_tokenizer(MODEL), load_model(MODEL).train()
-    texts, replay = equal_prompts(tokenizer), None
+    texts, replay, rollouts = equal_prompts(tokenizer), None, ROLLOUTS
     if workload == "real":
-        texts, replay = [str(i) for i in range(PROMPTS)], replay_of(real_episodes(path))
+        stored = real_episodes(path)
+        rollouts, replay = group_size(stored), replay_of(stored)
+        texts = [str(i) for i in range(EPISODES // rollouts)]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Timed(model, alternate, trl_config(folder), Dataset.from_dict({"prompt": texts}),
-                        processing_class=tokenizer, callbacks=[Clock()], rollout_func=replay)
+        trainer = Timed(model, alternate, trl_config(folder, rollouts),
+                        Dataset.from_dict({"prompt": texts}), processing_class=tokenizer,
+                        callbacks=[Clock()], rollout_func=replay)
         trainer.train()
     last = timings[-1]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -201,13 +210,13 @@ def measure_trl(workload: Workload, path: Path) -> dict[str, Any]:
             "flops": useful_flops(model, last["tokens"], last["trained"])}
 
 
-def trl_config(folder: str):
+def trl_config(folder: str, rollouts: int):
     """Our settings in TRL's words: token mean (DAPO), no KL, AdamW without decay."""
     from trl import GRPOConfig
 
     return GRPOConfig(
         output_dir=folder, max_steps=2, per_device_train_batch_size=TRL_BATCH,
-        gradient_accumulation_steps=PROMPTS * ROLLOUTS // TRL_BATCH, num_generations=ROLLOUTS,
+        gradient_accumulation_steps=EPISODES // TRL_BATCH, num_generations=rollouts,
         max_completion_length=COMPLETION_TOKENS, temperature=1.0,
         generation_kwargs={"min_new_tokens": COMPLETION_TOKENS}, beta=0.0, loss_type="dapo",
         learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0,
@@ -219,12 +228,12 @@ def trl_config(folder: str):
 
 def replay_of(stored: list[rl.Episode]):
     """TRL's hook for rollouts made elsewhere: env_mask is 0 at the tokens of documents."""
-    drawn = Counter()
+    drawn, rollouts = Counter(), group_size(stored)
 
     def replay(prompts: list[str], trainer) -> dict[str, list]:
         chosen = []
         for prompt in prompts:
-            chosen.append(stored[int(prompt) * ROLLOUTS + drawn[prompt] % ROLLOUTS])
+            chosen.append(stored[int(prompt) * rollouts + drawn[prompt] % rollouts])
             drawn[prompt] += 1
         return {"prompt_ids": [e.ids[: e.prompt_tokens] for e in chosen],
                 "completion_ids": [e.ids[e.prompt_tokens :] for e in chosen],
@@ -308,8 +317,8 @@ def introduction(pairs: int, rate: float) -> str:
     return (
         "# Optimisation steps beside TRL's GRPOTrainer\n\nMade by `python results/bench_trl.py "
         f"compare` at commit {commit} (its docstring says how). Model {MODEL}, "
-        f"{PROMPTS * ROLLOUTS} rollouts of {PROMPTS} prompts, {arithmetic} arithmetic over float32 "
-        f"weights, no KL, no gradient checkpointing; medians of {pairs} pair{'s' * (pairs > 1)}, "
+        f"{EPISODES} rollouts, {arithmetic} arithmetic over float32 weights, no KL, no gradient "
+        f"checkpointing; medians of {pairs} pair{'s' * (pairs > 1)}, "
         "the sides in turn, each in its own process after one step of warm-up. Micro-batches: ours "
         f"{BATCH_TOKENS} tokens, TRL's {TRL_BATCH} sequences.\n\n{versions}; Python "
         f"{platform.python_version()}, {device}, {os.cpu_count()} cores. A large {arithmetic} "
@@ -321,8 +330,9 @@ def introduction(pairs: int, rate: float) -> str:
 
 NAMES = {"ours": "this kit", "vllm": "this kit, vLLM", "trl": "TRL"}
 WORKLOADS = {
-    "equal": "## Equal lengths\n\nEvery prompt and every completion has the same number of tokens. "
-             "Both sides generate with Transformers, each its own tokens: norms differ.",
+    "equal": "## Equal lengths\n\n8 rollouts of a prompt; every prompt and every completion has "
+             "the same number of tokens. Both sides generate with Transformers, each its own "
+             "tokens: norms differ.",
     "real": "## Episodes of a training run\n\nRagged, with documents inside that are read and not "
             "trained. Both sides get the same token ids, masks and rewards, so that the norms of "
             "the first gradient can be compared."}
