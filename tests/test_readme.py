@@ -1,5 +1,6 @@
 """The README: its recipes run as they stand there; its commands, links, tests and figures exist."""
 
+import json
 import re
 import runpy
 import shlex
@@ -139,3 +140,5 @@ def test_the_headline_is_that_of_the_report():
     shares = [re.findall(r"\| (\d+\.\d) \(", line) for line in by_hops.splitlines()[2:]]
     said = re.findall(r"\| (\d+, \d+, \d+) \|", screen)
     assert said == [", ".join(f"{float(share):.0f}" for share in row) for row in shares[:4]]
+    more = json.loads((ROOT / "results/demo/more-imitation.json").read_text(encoding="utf-8"))
+    assert f"[{more['metrics']['em']['mean']:.1f} %](results/demo/more-imitation.json)" in README
