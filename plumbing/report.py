@@ -58,7 +58,7 @@ def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dic
     if held_out:
         heights["held out"] = 2.2
     fig, axes = panels(len(heights), list(heights.values()), sharex=True)
-    panel, held_out_title = dict(zip(heights, axes)), ""
+    panel = dict(zip(heights, axes))
     for (name, steps), colour in zip(trainings.items(), cycle(COLOURS)):
         x = [step["step"] for step in steps]
         kernel = np.ones(min(len(x), max(3, len(x) // 20)))
@@ -72,11 +72,13 @@ def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dic
             noise = [step["noise/p"] for step in steps]
             panel["noise"].plot(x, noise, color=colour, linewidth=2)
         if curve := held_out.get(name):
-            held_out_title = draw_held_out(panel["held out"], curve, colour)
+            draw_held_out(panel["held out"], curve, colour)
+    parted = any("eval/reward/hops_" in key for curve in held_out.values() for key in curve[0])
+    parts = "; thin: 1 hop dotted, 2 dashed, 3 dash-dotted" * parted
     titles = {"reward": ("Training reward", "mean reward, 0 to 1"),
               "searches": ("Searches", "per episode"),
               "noise": ("Curriculum: share of searches answered with noise", "probability p"),
-              "held out": (held_out_title, "mean reward")}
+              "held out": (f"Held-out, greedy, no noise{parts}", "mean reward")}
     for name, ax in panel.items():
         title, label = titles[name]
         ax.set(title=title, ylabel=label, ylim=(0, 1.1 * max(ax.get_ylim()[1], 0.1)))
@@ -87,18 +89,14 @@ def draw_training(trainings: dict[str, list[dict]], held_out: dict[str, list[dic
     save_figure(fig, path)
 
 
-def draw_held_out(ax, curve: list[dict], colour: str) -> str:
-    """The held-out reward, and thinner that of one, two and three hops, where it is known.
-    Returns the panel's title."""
+def draw_held_out(ax, curve: list[dict], colour: str) -> None:
+    """The held-out reward, and thinner that of one, two and three hops, where it is known."""
     done = [line["step"] for line in curve]
     ax.plot(done, [line["eval/reward"] for line in curve], "o-", color=colour, linewidth=2,
             markersize=5)
-    title = "Held-out questions, greedy, no noise"
     for hops, style in ((1, ":"), (2, "--"), (3, "-.")):
         if (key := f"eval/reward/hops_{hops}") in curve[0]:
             ax.plot(done, [line[key] for line in curve], style, color=colour, linewidth=1)
-            title = "Held-out, greedy, no noise; thin: 1 hop dotted, 2 dashed, 3 dash-dotted"
-    return title
 
 
 def draw_em(evaluations: dict[str, dict], path: Path) -> None:
