@@ -4,6 +4,7 @@ import importlib
 import re
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import BUDGET, ROOT, command, question, read_lines
@@ -174,8 +175,13 @@ def test_the_demos_run_is_the_arm_without_a_change(paper, demo, tmp_path):
         "evaluate.py", "noisy.py"]
     assert all(str(tmp_path / "demo/policy/model") in arguments for arguments in paper["run"].calls)
     made = tmp_path / "demo/policy"
-    for name in ("config.json", "episodes.jsonl", "metrics.jsonl"):
-        assert (out / "zero-0" / name).read_bytes() == (made / name).read_bytes()
+    kept = out / "zero-0"
+    for name in ("episodes.jsonl", "metrics.jsonl"):
+        assert (kept / name).read_bytes() == (made / name).read_bytes()
+    config = read_config(made)
+    assert Path(config["settings"]["corpus"]).is_absolute()
+    corpus = str(Path(config["settings"]["corpus"]).relative_to(ROOT))
+    assert read_config(kept) == config | {"settings": config["settings"] | {"corpus": corpus}}
     assert (made / "model").is_dir()
 
 

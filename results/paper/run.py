@@ -15,6 +15,7 @@ else holds.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import statistics
@@ -136,8 +137,8 @@ def play(cell: Cell) -> None:
 
 def keep_training(run: Path, to: Path) -> None:
     """Copy a training run's files, the metrics last: their being there says that it is done."""
-    to.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "episodes.jsonl", "eval.jsonl", "metrics.jsonl"):
+    write_json(to / "config.json", settings_of(run))
+    for name in ("episodes.jsonl", "eval.jsonl", "metrics.jsonl"):
         if (run / name).exists():
             shutil.copy(run / name, to / f"{name}.part")
             os.replace(to / f"{name}.part", to / name)
@@ -145,10 +146,14 @@ def keep_training(run: Path, to: Path) -> None:
 
 def keep_test(run: Path, to: Path) -> None:
     """Keep predictions without their token ids and documents, and how they were made."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    write_json(to.with_suffix(".config.json"), read_config(run))
+    write_json(to.with_suffix(".config.json"), settings_of(run))
     rows = read_jsonl(run / "predictions.jsonl")
     write_jsonl(to, [{key: row[key] for key in KEPT} for row in rows])
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """A run's config.json, its paths from the root of the repository on."""
+    return json.loads((run / "config.json").read_text(encoding="utf-8").replace(f"{ROOT}/", ""))
 
 
 def estimate(left: list[Cell], out: Path, steps: int) -> str:
