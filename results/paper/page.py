@@ -62,7 +62,7 @@ def main(out: Out = HERE) -> None:
         "![Training reward and held-out reward of every arm](curves.png)",
         "## Exercises",
         "Each is one more run, from the root of the repository, after `make demo`: some 20 minutes "
-        "on two cores at 0.96 TFLOP/s (`run.py` says first how long it takes on yours). "
+        "on two cores at 0.9 TFLOP/s (`run.py` says first how long it takes on yours). "
         "First write down what you expect. Then compare `metrics.jsonl` and `eval.jsonl` of "
         "`runs/mine/ARM-0` with those of `results/paper/zerosearch-0`. `.venv/bin/python "
         "results/paper/page.py --out runs/mine` writes this page about your runs, with EM by hops "
