@@ -108,7 +108,7 @@ def collapse_warning(metrics: dict[str, float], can_search: bool) -> str | None:
                 "first, or a lower --lr")
     if can_search and metrics["search/per_episode"] < 0.05:
         return "almost no episode searches: look at some (evaluate.py show), and at the simulator"
-    if metrics["loss/entropy"] < 0.005 and metrics["tokens/trained"] > 1:
+    if metrics["loss/entropy"] < 0.005 and metrics["tokens/trained"] > 0:
         return "the policy's entropy is almost 0: it tries nothing new and will learn nothing more"
     return None
 
@@ -128,7 +128,8 @@ def add_up(sums: list[dict[str, Any]]) -> dict[str, Any]:
 def update_metrics(worker: Worker, targets: Any, tokens: float, first: dict[str, Any],
                    last: dict[str, Any]) -> dict[str, float]:
     """Metrics of an update: from its targets, its tokens, the sums of its first and last epoch."""
-    scored = max(worker.total(first["scored"]), 1.0)
+    trained = worker.total(first["scored"])
+    scored = max(trained, 1.0)
     metrics = {
         "loss/policy": worker.total(last["policy"]) / tokens,
         "loss/entropy": worker.total(first["entropy"]) / scored,
@@ -136,7 +137,7 @@ def update_metrics(worker: Worker, targets: Any, tokens: float, first: dict[str,
         "loss/logprob_gap": worker.total(first["gap"]) / scored,
         "loss/grad_norm": last["grad_norm"],
         "loss/advantage_std": worker.moments(torch.cat(targets.advantages))[1].item(),
-        "tokens/trained": scored,
+        "tokens/trained": trained,
     }
     if targets.reference is not None:
         metrics["loss/kl"] = worker.total(first["kl"]) / scored

@@ -231,7 +231,7 @@ def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
     assert "| not run yet | - | not worse | - |" in other
     (arm,) = [line for line in lines if line.startswith("| zero |")]
     # of two seeds: EM, the rewards of the first and the last step, 60 searches each at $275/30,000
-    assert "| 2 | 90.0 (" in arm and "| 0.30 to 0.90 | $1.10 |" in arm
+    assert "| 2 of 2 | 90.0 (" in arm and "| 0.30 to 0.90 | $1.10 |" in arm
     (exercise,) = [line for line in lines if line.startswith("1. **Does it?** `.venv/bin/python")]
     assert "real has not been run yet; zero: EM 90 with 1 hops, in " in exercise
     assert any("abcdef1" in line and "0.40 to 0.40 TFLOP/s" in line for line in lines)

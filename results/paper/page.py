@@ -234,7 +234,7 @@ def arm_row(cells: list[Cell]) -> list[str]:
         bill = [costs.dollars(math.fsum(values)) for values in zip(*(
             (cost["api_usd"][costs.PAPER_API], cost["bill"]["search_side"],
              cost["bill"]["whole_run"]) for cost in bills))]
-    seeds = str(len(cells)) if not arm.method else "-"
+    seeds = f"{len(runs)} of {len(cells)}" if not arm.method else "-"
     return [arm.name, arm.title, seeds, *em, searches, reward, *bill]
 
 
