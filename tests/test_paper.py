@@ -34,6 +34,7 @@ says = "zero is better"
 better = "zero"
 than = "direct"
 rule = "higher"
+but = "of seeds"
 paper = ["table5_algorithms/avg/REINFORCE", "table5_algorithms/avg/GRPO"]
 [[claims]]
 says = "zero is not worse"
@@ -224,16 +225,18 @@ def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
             (out / name).unlink()
     assert pages[0] == pages[1]
     lines = pages[0][0].decode().splitlines()
-    (better,) = [line for line in lines if "zero is better" in line]
+    (better,) = [line for line in lines if line.startswith("| zero is better")]
     assert "34.47 and 33.17 (Table 5)" in better and "+80.0 (" in better and ", n 10 " in better
-    assert "| +90.0, +70.0 | higher | **agrees** |" in better
-    (other,) = [line for line in lines if "zero is not worse" in line]
-    assert "| not run yet | - | not worse | - |" in other
+    assert "| +80.0 | +90.0, +70.0 | higher | **agrees** (2 seeds) |" in better
+    (other,) = [line for line in lines if line.startswith("| zero is not worse")]
+    assert "| not run yet | - | - | not worse | - |" in other
+    assert "- zero is better: of seeds" in lines
     (arm,) = [line for line in lines if line.startswith("| zero |")]
     # of two seeds: EM, the rewards of the first and the last step, 60 searches each at $275/30,000
-    assert "| 2 of 2 | 90.0 (" in arm and "| 0.30 to 0.90 | $1.10 |" in arm
+    assert "| 2 of 2 | 90.0 (" in arm and "| 0.30 → 0.90 | $1.10 |" in arm
     (exercise,) = [line for line in lines if line.startswith("1. **Does it?** `.venv/bin/python")]
-    assert "real has not been run yet; zero: EM 90 with 1 hops, in " in exercise
+    assert "real has not been run yet; zero: EM 90 with 1 hops, in 1.0 searches, reward/mean" in (
+        exercise) and "reward/mean 0.3 → 0.9" in exercise
     assert any("abcdef1" in line and "0.40 to 0.40 TFLOP/s" in line for line in lines)
 
 
