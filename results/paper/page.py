@@ -68,9 +68,9 @@ def main(out: Out = HERE) -> None:
         "miss; the next one is drawn anew, so asking again helps. Searches: a question of the "
         "clean test. Training reward: the mean of the first and of the last fifth of the steps; "
         "it falls where noise rises, and can't be compared between arms. SerpApi: what the "
-        "searches of training would cost there; search side: what answering them cost here, a "
-        "part of the whole run; at the prices of data/prices.toml (`costs.py run`). BM25 is local "
-        "and almost free: a simulator is cheaper than an API, not than that.",
+        "searches of training would cost there, of all seeds; search side: what answering them "
+        "cost, a part of the whole run; at the prices of data/prices.toml (`costs.py run`). BM25 "
+        "is local and almost free: a simulator is cheaper than an API, not than that.",
         "![Training reward and held-out reward of every arm](curves.png)",
         "Held-out questions are asked without noise and with the real engine, in every arm, "
         "`r1` too, which trains and is tested without one.",
