@@ -142,3 +142,7 @@ def test_the_headline_is_that_of_the_report():
     assert said == [", ".join(f"{float(share):.0f}" for share in row) for row in shares[:4]]
     more = json.loads((ROOT / "results/demo/more-imitation.json").read_text(encoding="utf-8"))
     assert f"[{more['metrics']['em']['mean']:.1f} %](results/demo/more-imitation.json)" in README
+    page = (ROOT / "results/paper/README.md").read_text(encoding="utf-8")
+    real, simulated = (re.search(rf"^\| {arm} \|[^|]*\| 3 of 3 \| ([\d.]+) \(", page, re.M)[1]
+                       for arm in ("search-r1", "zerosearch"))
+    assert f"({real} against {simulated}, three\nseeds each)" in README
