@@ -53,7 +53,7 @@ from plumbing.episodes import changed, episode_text, read_episodes, select
 from plumbing.files import (append_jsonl, draw_seed, keep_lines, read_jsonl, read_questions,
                             whole_batches, write_json)
 from plumbing.formats import documents_read, read_paired, read_predictions, read_results
-from plumbing.generate import Sampling, attempt
+from plumbing.generate import Sampling
 from plumbing.intervals import mean_interval, paired_interval, sign_flip_p
 from plumbing.page import (Aloud, coloured, cost_section, episodes_section, evaluation_section,
                            paired_sentences, print_beside_paper, read_held_out, run_names,
@@ -118,10 +118,10 @@ def write_on(episodes: list[Episode], setup: Setup, max_tokens: int,
     sampling = Sampling(max_tokens, setup.limits.temperature, stop)
     prompts = [e.ids for e in episodes]
     seeds = [draw_seed("method", setup.seed, e.id, e.sample, len(e.ids)) for e in episodes]
-    generations, texts = attempt(setup.generator, prompts, sampling, seeds), []
+    generations, texts = setup.generator.generate(prompts, sampling, seeds), []
     for episode, generation in zip(episodes, generations, strict=True):
-        if isinstance(generation, Exception):
-            episode.end, episode.error = "failed", str(generation)
+        if generation.error:
+            episode.end, episode.error = "failed", generation.error
             texts.append("")
             continue
         end = len(generation.ids) - (generation.stop_reason == "eos")
@@ -234,7 +234,8 @@ class Condenser:
         digests = setup.generator.generate(prompts, sampling, [r.seed for r in requests])
         return [SearchResult([setup.tokenizer.decode(digest.ids, skip_special_tokens=True).strip()],
                              result.well_formed, result.prompt_tokens + len(prompt),
-                             result.completion_tokens + len(digest.ids), result.error)
+                             result.completion_tokens + len(digest.ids),
+                             result.error or digest.error)
                 for result, prompt, digest in zip(results, prompts, digests, strict=True)]
 
 
@@ -665,10 +666,6 @@ class AskSettings(SearchSettings, EpisodeSettings):
     question: str = argument("What to ask.")
     model: str = option(help='"smollm2" (embedded), a Hub id, a folder or a vLLM server\'s URL.')
     answer: list[str] = option((), "simulator: the true answer (repeatable), as in training.")
-
-    def unused(self) -> dict[str, str]:
-        real = not ENGINES[self.engine].simulated
-        return super().unused() | ({"answer": f"with --engine {self.engine}"} if real else {})
 
 
 @command(app, AskSettings)

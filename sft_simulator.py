@@ -28,18 +28,20 @@ from accelerate import Accelerator
 
 from plumbing.checkpoints import Checkpoints
 from plumbing.cli import (CommonSettings, UserError, argument, command, console, make_app, option,
-                          print_documents, print_table, progress_bar, run_cli)
+                          plain, progress_bar, run_cli)
 from plumbing.engines import (ENGINES, QUERY_CHARACTERS, Engine, EngineSettings, Quality,
                               SearchRequest, SearchResult)
 from plumbing.files import (append_jsonl, check_out_file, draw_seed, read_jsonl, write_json,
                             write_jsonl)
 from plumbing.formats import read_trajectories
-from plumbing.generate import Generator, Sampling, attempt
+from plumbing.generate import Generation, Generator, Sampling
 from plumbing.metrics import agreement
 from plumbing.models import (load_model, load_tokenizer, make_accelerator, prepare_trained,
                              simulator_tuning)
+from plumbing.page import show_probe
+from plumbing.ranks import Worker
 from plumbing.remote import chat_verdicts, is_server
-from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate, micro_batches, same_count
+from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate
 from plumbing.runfolder import FolderSettings, RunFolder
 from plumbing.served import load_generator
 import plumbing.web  # noqa: F401 (adds http and serpapi to ENGINES)
@@ -117,12 +119,12 @@ class SimulatedEngine:
         prompts = [simulator_prompt(self.tokenizer, self.prompts, request, self.k, self.words)
                    for request in requests]
         seeds = [request.seed for request in requests]
-        outputs = attempt(self.generator, prompts, self.sampling, seeds)
+        outputs = self.generator.generate(prompts, self.sampling, seeds)
         return [self.read_output(*pair) for pair in zip(prompts, outputs, strict=True)]
 
-    def read_output(self, prompt: list[int], output: Any) -> SearchResult:
-        if isinstance(output, Exception):
-            return SearchResult([], prompt_tokens=len(prompt), error=str(output))
+    def read_output(self, prompt: list[int], output: Generation) -> SearchResult:
+        if output.error:
+            return SearchResult([], prompt_tokens=len(prompt), error=output.error)
         documents = parse_documents(self.tokenizer.decode(output.ids, skip_special_tokens=True))
         complete = output.stop_reason == "eos" and len(documents) == self.k
         return SearchResult(documents[: self.k], complete, len(prompt), len(output.ids))
@@ -160,7 +162,8 @@ class SearchSettings(EngineSettings, SimulatorSettings):
 
 ENGINES["simulator"] = Engine(lambda s: load_simulator(s, s.top_k), lambda s: (
     None if s.simulator else f"--simulator: {MODEL_OR_SERVER}"),
-    reads=("simulator", "simulator_words", "simulator_temperature"), simulated=True)
+    reads=("simulator", "simulator_words", "simulator_temperature", "question", "answer"),
+    simulated=True)
 
 
 # ---------------------------------------------------------------- label: the tuning set
@@ -298,13 +301,12 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def read_tuning_set(path: Path) -> list[Pair] | list[dict[str, str]]:
     """Pairs of `label`, or whole texts: `prompt, response` a line, as of data/prepare.py."""
-    rows = read_jsonl(path)
-    if "prompt" not in rows[0]:
+    if "prompt" not in read_jsonl(path)[0]:
         return read_pairs(path)
+    rows = read_jsonl(path, texts=("prompt", "response"))
     for number, row in enumerate(rows, start=1):
-        texts = (row.get("prompt"), row.get("response"))
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f"{path}:{number}: prompt and response must be texts, and not empty")
+        if not (row["prompt"].strip() and row["response"].strip()):
+            raise UserError(f"{path}:{number}: prompt and response must not be empty")
     return rows
 
 
@@ -390,8 +392,7 @@ def supervised_gradient(accelerator: Accelerator, scorer, batch: list[Sequence],
     total = sum(sum(sequence.mask[1:]) for sequence in batch)
     mine = batch[accelerator.process_index :: accelerator.num_processes]
     loss = torch.zeros((), device=accelerator.device)
-    parts = micro_batches(mine, budget, accelerator.unwrap_model(scorer).packed)
-    for part in same_count(accelerator, parts):
+    for part in Worker(accelerator).micro_batches(mine, budget, scorer):
         ids, mask = collate([mine[i] for i in part] or [NOTHING], accelerator.device)
         logprobs, _ = scorer(ids, mask)
         part_loss = -logprobs.sum() / total * bool(part)
@@ -488,29 +489,12 @@ def probe_figures(pairs: list[Pair], results: list[SearchResult]) -> dict[str, A
     }
 
 
-def show_probe(figures: dict[str, Any]) -> None:
-    rows = [[kind, str(entry["n"]), f"{100 * entry['share']:.1f} %"]
-            for kind, entry in figures["holds_answer"].items()]
-    print_table("simulator", ["output", "n", "holds what the query asks"], rows)
-    print(f"bridge queries answered with the question's answer: "
-          f"{100 * figures['gives_away']['share']:.1f} %\n"
-          f"parses into the documents asked for: {100 * figures['parses']:.1f} %\n"
-          f"words per document: {figures['words_per_document']:.1f}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class OneSearchSettings(SearchSettings):
     query: str = argument("What to search for.")
     simulator: str | None = option(DEMO_SIMULATOR, f"The simulator: {MODEL_OR_SERVER}.")
-    simulator_temperature: float | None = option(
-        None, "simulator: by default the one it was tuned for.", low=0, name="temperature")
     question: str = option("", "simulator: the user's question.")
     answer: list[str] = option((), "simulator: its true answer (repeatable).")
-
-    def unused(self) -> dict[str, str]:
-        real = not ENGINES[self.engine].simulated
-        return super().unused() | dict.fromkeys(("question", "answer") * real,
-                                                f"with --engine {self.engine}")
 
 
 @command(app, OneSearchSettings)
@@ -524,10 +508,8 @@ def search(s: OneSearchSettings) -> None:
         if result.error:
             raise UserError(result.error)
         title = f"{s.engine}, {request.quality}" if s.engine == "simulator" else s.engine
-        if result.documents:
-            print_documents(f"{s.query}  ({title})", result.documents)
-        else:
-            print(f"{s.query}  ({title}): nothing found")
+        found = format_documents(result.documents) or "nothing found"
+        print(plain(f"{s.query}  ({title})\n{found}\n"))
 
 
 if __name__ == "__main__":

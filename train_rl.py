@@ -18,7 +18,6 @@ has a budget for two CPU cores.
     accelerate launch train_rl.py train ...  # devices: Accelerate's config
 """
 
-import json
 import math
 import random
 import re
@@ -41,7 +40,7 @@ from plumbing.cli import (CommonSettings, Settings, UserError, argument, command
 from plumbing.engines import ENGINES, Quality, SearchEngine, SearchRequest, check_failures
 from plumbing.files import append_jsonl, draw_seed, read_jsonl, read_questions
 from plumbing.formats import read_trajectories
-from plumbing.generate import Generator, Sampling, attempt
+from plumbing.generate import Generator, Sampling
 from plumbing.metrics import (SKIPPED, add_up, check_empty_steps, collapse_warning, empty_steps,
                               eval_metrics, rollout_metrics, update_metrics)
 from plumbing.models import (load_model, load_tokenizer, load_trained, make_accelerator,
@@ -258,10 +257,10 @@ def write_turn(active: list[Episode], setup: Setup, step: int, turn: int) -> Non
     """Each policy writes up to </search> or </answer>. Its ids are kept as they were sampled."""
     sampling = Sampling(setup.limits.tokens_per_turn, setup.limits.temperature, STOP)
     seeds = [draw_seed("policy", setup.seed, step, e.id, e.sample, turn) for e in active]
-    generations = attempt(setup.generator, [e.ids for e in active], sampling, seeds)
+    generations = setup.generator.generate([e.ids for e in active], sampling, seeds)
     for episode, generation in zip(active, generations, strict=True):
-        if isinstance(generation, Exception):
-            episode.end, episode.error = "failed", str(generation)
+        if generation.error:
+            episode.end, episode.error = "failed", generation.error
             continue
         episode.write(generation.ids, generation.logprobs)
         episode.turns.append(Turn(setup.tokenizer.decode(generation.ids), "invalid"))
@@ -883,19 +882,12 @@ def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int,
     return Sequence(episode.ids, episode.mask)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSettings(CurriculumSettings):
-    as_json: bool = option(False, "Print a list of the p of each step.", name="json")
-
-
-@command(app, ScheduleSettings)
-def schedule(s: ScheduleSettings) -> None:
-    """Print the curriculum: the share of noisy searches at each step."""
-    noise = [CURRICULA[s.curriculum](i, s) for i in range(s.steps)]
-    shown = {round(i * (s.steps - 1) / 20) for i in range(21)}
-    lines = [f"step {i:>5}   p {noise[i]:.4f}   {'█' * round(60 * noise[i])}"
-             for i in sorted(shown)]
-    print(json.dumps(noise) if s.as_json else "\n".join(lines))
+@command(app, CurriculumSettings)
+def schedule(s: CurriculumSettings) -> None:
+    """Print the curriculum: the share of noisy searches at 21 steps of a run."""
+    for step in sorted({round(i * (s.steps - 1) / 20) for i in range(21)}):
+        p = CURRICULA[s.curriculum](step, s)
+        print(f"step {step:>5}   p {p:.4f}   {'█' * round(60 * p)}")
 
 
 # ---------------------------------------------------------------- train

@@ -123,8 +123,9 @@ def command(app: typer.Typer, settings: type[Settings]) -> Callable:
             given = settings(**values)
             given.check()
             for field in dataclasses.fields(settings):
-                source = context.get_parameter_source(field.name)
-                if (why := given.unused().get(field.name)) and source.name == "COMMANDLINE":
+                optional = not field.metadata.get("positional")
+                chosen = context.get_parameter_source(field.name).name == "COMMANDLINE" and optional
+                if chosen and (why := given.unused().get(field.name)):
                     raise UserError(f"--{option_name(field)} has no effect {why}")
             if getattr(given, "show_config", False):
                 print(json.dumps(given.record(), indent=1))
@@ -282,16 +283,9 @@ def print_table(title: str, header: list[str], rows: list[list[str]],
     Console(markup=False, highlight=False, width=width).print(table)  # a name may hold [brackets]
 
 
-def print_documents(title: str, documents: list[str]) -> None:
-    """Print texts from outside: no markup in them is obeyed, and no control character sent."""
-    table = Table("#", "document", title=plain(title), show_lines=True)
-    for number, document in enumerate(documents, start=1):
-        table.add_row(str(number), plain(document))
-    Console().print(table)
-
-
 def plain(text: str) -> Text:
-    """A text from outside as rich prints it as it is, but for control characters."""
+    """A text from outside, to be printed as it is: no markup is obeyed, no control character sent.
+    """
     return Text("".join(c if c.isprintable() or c == "\n" else " " for c in text))
 
 

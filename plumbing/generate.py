@@ -30,11 +30,14 @@ class Sampling:
 
 @dataclass
 class Generation:
-    """Sampled token ids, their log-probs under the sampling distribution, and the stop reason."""
+    """Sampled token ids, their log-probs under the sampling distribution, and the stop reason.
+
+    error: why a server failed for good; there are no ids."""
 
     ids: list[int]
     logprobs: list[float]
-    stop_reason: Literal["stop", "eos", "length"]
+    stop_reason: Literal["stop", "eos", "length", "failed"]
+    error: str | None = None
 
 
 class Generator(Protocol):
@@ -51,12 +54,6 @@ class Generator(Protocol):
 
     def sleep(self) -> None:
         """Free as much memory as possible until the next call."""
-
-
-def attempt(generator: Generator, prompts: list[list[int]], sampling: Sampling,
-            seeds: list[int]) -> list[Generation | Exception]:
-    """As `generate`, but the error of a generation that a server failed at takes its place."""
-    return getattr(generator, "attempt", generator.generate)(prompts, sampling, seeds)
 
 
 def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -26,6 +27,17 @@ def show_summary(title: str, metrics: dict[str, dict[str, float]], counts: Seque
              f"{m['low']:.2f} to {m['high']:.2f}"]
             for name, m in metrics.items()]
     print_table(title, ["", "n", "mean", "95 % interval"], rows)
+
+
+def show_probe(figures: dict[str, Any]) -> None:
+    """Print what `probe` found of a simulator."""
+    rows = [[kind, str(entry["n"]), f"{100 * entry['share']:.1f} %"]
+            for kind, entry in figures["holds_answer"].items()]
+    print_table("simulator", ["output", "n", "holds what the query asks"], rows)
+    print(f"bridge queries answered with the question's answer: "
+          f"{100 * figures['gives_away']['share']:.1f} %\n"
+          f"parses into the documents asked for: {100 * figures['parses']:.1f} %\n"
+          f"words per document: {figures['words_per_document']:.1f}")
 
 
 PAPER_NOTE = """\
@@ -270,6 +282,8 @@ class Aloud:
                  seeds: list[int]) -> list[Generation]:
         generations = self.generator.generate(prompts, sampling, seeds)
         for generation in generations:
+            if generation.error:
+                raise UserError(generation.error)
             text = self.tokenizer.decode(generation.ids, skip_special_tokens=True).strip()
             Console().print(coloured(text))
         return generations

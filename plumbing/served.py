@@ -157,20 +157,11 @@ class ServerGenerator:
 
     def generate(self, prompts: list[list[int]], sampling: Sampling,
                  seeds: list[int]) -> list[Generation]:
-        generations = self.attempt(prompts, sampling, seeds)
-        for generation in generations:
-            if isinstance(generation, OutsideError):
-                raise generation
-        return generations
-
-    def attempt(self, prompts: list[list[int]], sampling: Sampling,
-                seeds: list[int]) -> list[Generation | OutsideError]:
-        """As `generate`, but a failed generation is returned as its error."""
-        def one(prompt_and_seed: tuple[list[int], int]) -> Generation | OutsideError:
+        def one(prompt_and_seed: tuple[list[int], int]) -> Generation:
             try:
                 return self._generate_one(*prompt_and_seed, sampling)
             except OutsideError as error:
-                return error
+                return Generation([], [], "failed", str(error))
 
         return in_threads(one, list(zip(prompts, seeds, strict=True)), 64)
 

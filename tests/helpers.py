@@ -281,6 +281,9 @@ class FakeGenerator:
         for prompt, seed in zip(prompts, seeds, strict=True):
             text = (self.replies(self.tokenizer.decode(prompt), seed) if callable(self.replies)
                     else self.replies.pop(0))
+            if text is None:  # as of a server that is down
+                generations.append(Generation([], [], "failed", "HTTP 500"))
+                continue
             stopped = any(stop in text for stop in sampling.stop)
             ids = encode(self.tokenizer, text) + [self.tokenizer.eos_token_id] * (not stopped)
             generations.append(Generation(ids, [self.logprob] * len(ids),

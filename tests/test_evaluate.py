@@ -446,6 +446,17 @@ def test_failures_add_up_over_batches_and_a_resumed_run_goes_on(run):
         ("answered", None, True), ("failed", "HTTP 400", False), ("answered", None, True)]
 
 
+@pytest.mark.parametrize("method", evaluate.METHODS)
+def test_a_generation_that_a_server_fails_at_ends_its_episode_alone(run, method):
+    def one_fails(prompt, seed):
+        reached = method != "search-o1" or "boil" in prompt  # there: what condenses
+        return None if "Where?" in prompt and reached else replies(prompt, seed)
+
+    done = run("run", one_fails, method=method, failed_searches=1)
+    assert [(r["end"] == "failed", r["error"]) for r in done.records] == [
+        (False, None), (True, "HTTP 500"), (False, None)]
+
+
 def test_a_run_is_resumed_with_its_own_settings_alone_and_overwritten_when_asked(run):
     run("run", replies)
     for name, value in (OPTIONS | {"method": "rag", "engine_name": "none"}).items():

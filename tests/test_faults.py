@@ -143,8 +143,7 @@ def test_a_served_policy_is_given_no_odd_ids_or_log_probs(serve, served, tokeniz
     server = serve(completions(tokenizer))
 
     def ask(fault):
-        (output,) = served(server.url, fault).attempt([[5]], Sampling(50), [0])
-        return str(output) if isinstance(output, OutsideError) else None
+        return served(server.url, fault).generate([[5]], Sampling(50), [0])[0].error
 
     forms = {name: "transient" for name in LOGPROB_FORMS}
     assert try_all(forms, ask, server) == {}

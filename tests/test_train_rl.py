@@ -225,13 +225,15 @@ def test_curriculum_is_the_published_formula():
 
 
 def test_schedule_command(capsys):
-    command(rl, "schedule", "--steps", 5, "--p-end", 0.4, "--json")
-    p = json.loads(capsys.readouterr().out)
-    assert p == pytest.approx([(4 ** (i / 4) - 1) / 3 * 0.4 for i in range(5)])
-    command(rl, "schedule", "--steps", 5, "--p-end", 0.4)
-    assert "p 0.4000" in capsys.readouterr().out
-    command(rl, "schedule", "--steps", 2, "--curriculum", "constant", "--json")
-    assert json.loads(capsys.readouterr().out) == [0.5, 0.5]
+    def printed(*options) -> dict[int, float]:
+        command(rl, "schedule", *options)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return {int(step): float(p) for _, step, _, p, *_ in lines}
+
+    rising = {i: (4 ** (i / 4) - 1) / 3 * 0.4 for i in range(5)}
+    assert printed("--steps", 5, "--p-end", 0.4) == pytest.approx(rising, abs=5e-5)
+    assert printed("--steps", 2, "--curriculum", "constant") == {0: 0.5, 1: 0.5}
+    assert [*printed("--steps", 101)] == list(range(0, 101, 5))
 
 
 ALIASES = ("Lima", "City of Kings")

@@ -24,7 +24,7 @@ from plumbing import remote, served
 from plumbing.cli import markdown_table
 from plumbing.engines import SearchRequest
 from plumbing.generate import Sampling
-from plumbing.remote import OutsideError, RetryPolicy, in_threads
+from plumbing.remote import RetryPolicy, in_threads
 from plumbing.text import encode
 from plumbing.web import HTTPEngine
 
@@ -57,8 +57,7 @@ def search(server: Server, fault: str, folder: str) -> str | None:
 def generate(server: Server, fault: str, folder: str) -> str | None:
     generator = served.ServerGenerator([server.url], fault in LOGPROB_FORMS, policy_for(fault))
     generator.model = fault
-    (output,) = generator.attempt([[5]], Sampling(50), [0])
-    return str(output) if isinstance(output, OutsideError) else None
+    return generator.generate([[5]], Sampling(50), [0])[0].error
 
 
 def row(client: str, fault: str, folder: str) -> list[str]:
