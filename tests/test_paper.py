@@ -216,7 +216,8 @@ def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
             "hardware": {"device": "cpu", "name": "x", "count": 2}})
         write_jsonl(out / cell / "metrics.jsonl", [
             {"step": i, "reward/mean": reward, "cost/searches": 30, "time/step": 10.0,
-             "rate/update_tflops": 0.2, "rate/mfu": 0.5} for i, reward in enumerate(rewards)])
+             "rate/update_tflops": 0.2 * i, "rate/mfu": 0.5 * i}  # in step 0 nothing was trained
+            for i, reward in enumerate(rewards)])
     pages = []
     for _ in range(2):
         command(paper["page"], "--out", out)

@@ -70,7 +70,8 @@ def main(out: Out = HERE) -> None:
         "it falls where noise rises, and can't be compared between arms. SerpApi: what the "
         "searches of training would cost there, of all seeds; search side: what answering them "
         "cost, a part of the whole run; at the prices of data/prices.toml (`costs.py run`). BM25 "
-        "is local and almost free: a simulator is cheaper than an API, not than that.",
+        "is local and almost free: a simulator is cheaper than an API, not than that. A bill is "
+        "cores times seconds, and other work on the machine lengthens them.",
         "![Training reward and held-out reward of every arm](curves.png)",
         "Held-out questions are asked without noise and with the real engine, in every arm, "
         "`r1` too, which trains and is tested without one.",
@@ -98,8 +99,10 @@ def machines(cells: list[Cell]) -> str:
     configs = [json.loads(path.read_text(encoding="utf-8")) for cell in cells
                if (path := cell.kept("config.json")).exists()]
     commits = sorted({str(config.get("commit"))[:7] for config in configs})
-    rates = [row["rate/update_tflops"] / row["rate/mfu"] for cell in cells
-             if (path := cell.kept("metrics.jsonl")).exists() for row in read_jsonl(path)[:1]]
+    logs = [read_jsonl(path) for cell in cells if (path := cell.kept("metrics.jsonl")).exists()]
+    # A step in which nothing was trained has no rate.
+    rates = [row["rate/update_tflops"] / row["rate/mfu"] for log in logs
+             for row in [row for row in log if row["rate/mfu"]][:1]]
     if not rates:
         return "No arm has been trained yet."
     return (f"Trained at {', '.join(commits)}, on machines whose large matrix product runs at "
@@ -202,7 +205,8 @@ def exercise_list(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
         lines.append(
             f"{number}. **{row['asks']}** `.venv/bin/python results/paper/run.py {row['arm']} "
             f"--seeds 0 --out runs/mine`<br>Compare: {row['look']}"
-            f"<details><summary>What the runs show</summary>{shown}.</details>")
+            f"<details><summary>What the runs show</summary>{shown}. {row.get('reading', '')}"
+            "</details>")
     return "\n".join(lines)
 
 
