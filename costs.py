@@ -10,6 +10,7 @@ A search API is paid per search, a simulator's GPUs per hour. The paper compares
 with them too. Prices, with date and source, come from data/prices.toml or from --prices.
 
 A figure that a run does not report is NaN, printed as "-" and null in JSON. It is never taken as 0.
+So is the search side of a policy on vLLM or a server: its searches overlap the sampling.
 """
 
 import json
@@ -265,7 +266,7 @@ def print_runs(rows: list[dict]) -> None:
     print_table(f"Against {PAPER_API}: the search side, the whole run", header, bills)
     print("simulated: tokens that the simulator read and wrote. "
           "device-seconds: seconds x devices; step: the whole step,\n"
-          "other: what no phase reports of it. "
+          "reference: all passes before the update, other: what no phase reports. "
           "search side: waiting for the engine, which the paper compares;\n"
           f"{PAPER_API} is taken to answer at once. "
           "A negative saving: the run cost more than the API would have.")

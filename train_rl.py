@@ -21,7 +21,7 @@ has a budget for two CPU cores.
 import math
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ from plumbing.scorer import Critic, Sequence, TokenScorer, collate
 from plumbing.served import load_generator
 from plumbing.text import (ROOT, Prompts, encode, exact_match, f1_score, fill, load_prompts,
                            neutralize, prompt_ids)
-from sft_simulator import SearchSettings, TuningSettings, fine_tune, format_documents
+from sft_simulator import MODEL, SearchSettings, TuningSettings, fine_tune, format_documents
 
 app = make_app(__doc__)
 
@@ -112,7 +112,7 @@ class Episode:
 
     def trained_mask(self, mask_documents: bool) -> list[int]:
         """1 where a token is trained: the policy's own; without document masking (Table 7) all but
-        the prompt. Loss, KL, entropy, advantages and values all follow."""
+        the prompt; none of a failed episode. Loss, KL, entropy, advantages and values follow."""
         if self.end == "failed":
             return [0] * len(self.ids)
         after_prompt = [int(i >= self.prompt_tokens) for i in range(len(self.ids))]
@@ -155,7 +155,7 @@ class EpisodeSettings(Settings):
     tokens_per_turn: int = option(500, "Tokens that the policy may write in a turn.", low=1)
     context_tokens: int = option(4096, "Tokens of a whole episode.", low=1)
     observation_tokens: int = option(2048, "Documents of one search are cut to this.", low=0)
-    temperature: float = option(1.0, "Of the rollouts.", above=0)
+    temperature: float = option(1.0, "Sampling temperature of the rollouts.", above=0)
 
     def check(self) -> None:
         super().check()
@@ -207,8 +207,9 @@ def rollout(episodes: list[Episode], setup: Setup, *, noise: float | None = None
     """Play the episodes to their end, in place (paper, section 3.3). noise: the curriculum's p, or
     None, where nothing is drawn: for a real engine, and in an evaluation.
 
-    With a generator that takes requests at any time, each episode has a thread of its own; others
-    play all episodes in lockstep. Seeds and noise draws are the same either way."""
+    With a generator that takes requests at any time (vLLM, a server), each episode has a thread of
+    its own, and time/rollout includes its searches; others play all episodes in lockstep. Seeds and
+    noise draws are the same either way."""
     if not setup.generator.concurrent:
         play(episodes, setup, noise, step, clock)
         return
@@ -237,8 +238,9 @@ def play(episodes: list[Episode], setup: Setup, noise: float | None, step: int,
             interpret(episode, setup, turn)
         active = [e for e in active if e.end is None]
         searching = [e for e in active if e.turns[-1].action == "search"]
-        for episode in searching if noise is not None else ():
-            episode.turns[-1].quality = noise_quality(noise, setup.seed, step, episode, turn)
+        if noise is not None:
+            for episode in searching:
+                episode.turns[-1].quality = noise_quality(noise, setup.seed, step, episode, turn)
         with clock("search"):
             search_turn(searching, setup, step)
         active = [e for e in active if e.end is None]
@@ -254,7 +256,7 @@ def room_to_read(episode: Episode, setup: Setup) -> int:
 
 
 def write_turn(active: list[Episode], setup: Setup, step: int, turn: int) -> None:
-    """Each policy writes up to </search> or </answer>. Its ids are kept as they were sampled."""
+    """The policy continues each episode up to </search> or </answer>. Ids are kept as sampled."""
     sampling = Sampling(setup.limits.tokens_per_turn, setup.limits.temperature, STOP)
     seeds = [draw_seed("policy", setup.seed, step, e.id, e.sample, turn) for e in active]
     generations = setup.generator.generate([e.ids for e in active], sampling, seeds)
@@ -339,8 +341,9 @@ def score(episode: Episode, reward: str = "f1") -> None:
     """Fill in the reward and, for the metrics, its parts."""
     episode.scores = {
         **{name: REWARDS[name](episode) for name in ("f1", "em")},
-        "answered": float(episode.answer is not None),
-        "format": float(all(WELL_FORMED.fullmatch(turn.text) for turn in episode.turns)),
+        "answered": float(bool(episode.answer)),
+        "format": float(bool(episode.turns)
+                        and all(WELL_FORMED.fullmatch(turn.text) for turn in episode.turns)),
     }
     episode.reward = REWARDS[reward](episode)
 
@@ -359,8 +362,8 @@ class CurriculumSettings(CommonSettings):
     """The share of noisy searches over a run (paper, section 3.5)."""
 
     steps: int = option(203, "Optimisation steps.", low=1, resumable=True)
-    curriculum_steps: int | None = option(None, "Of which this many are the curriculum's; all.",
-                                          low=1)
+    curriculum_steps: int | None = option(
+        None, "Steps over which noise changes, and base of the warm-ups; by default all.", low=1)
     curriculum: str = option("exponential", "How the share of noise develops.",
                              choices=CURRICULA)
     p_start: float = option(0.0, "Share of noisy searches at the first step.", low=0, high=1)
@@ -406,7 +409,7 @@ def grpo_advantages(rewards: Tensor, scale: bool) -> Tensor:
     """Reward minus its group's mean, over its standard deviation (of G - 1). (P, G) -> (P, G).
 
     GRPO, DeepSeekMath, section 4.1.2. Without `scale`, as in Dr. GRPO (Liu et al. 2025), no
-    division: it favours prompts of little variance."""
+    division, for it favours prompts of little variance."""
     centred = rewards - rewards.mean(1, keepdim=True)
     scaled = centred / (rewards.std(1, keepdim=True) + 1e-6) if scale else centred
     return zero_where_equal(scaled, rewards)
@@ -459,9 +462,9 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
                 clip_high: float, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Clipped surrogate (PPO, Schulman et al. 2017, eq. 7; separate bounds: DAPO, eq. 10). (N,).
 
-    Returns the loss and whether it was clipped. In a step's first update the ratio is 1: nothing is
-    clipped, and the gradient is REINFORCE's, -A grad log pi. weights: constants, the sampler
-    correction (`importance_weights`)."""
+    Returns the loss and whether it was clipped. At a step's first optimizer step the ratio is 1:
+    nothing is clipped, and the gradient is REINFORCE's, -A grad log pi. weights: constants, the
+    sampler correction (`importance_weights`)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -weights * torch.min(ratio * advantages, clipped * advantages)
@@ -469,7 +472,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(pi_trainer / pi_sampler, cap): corrects small differences between two engines. All (N,).
+    """min(pi_trainer / pi_sampler, cap): corrects for their different rounding. All (N,).
 
     1 with a cap of 0, which turns the correction off."""
     if not cap:
@@ -555,14 +558,14 @@ class Algorithm:
     reads: tuple[str, ...] | None = None  # the settings of algorithms that it reads; None: any
 
 
-# What --algorithm offers. All share policy_loss, averaged over the batch's tokens (DAPO, eq. 8).
-# REINFORCE, GRPO: one advantage an episode, from its group; k3 in the loss. PPO (GAE, critic),
-# REINFORCE++: an advantage a token; k1 in the reward.
+# What --algorithm offers. All share policy_loss, its mean over the mini-batch's tokens (DAPO, eq.
+# 8). REINFORCE, GRPO: one advantage per episode, from its group; k3 in the loss. PPO (GAE, critic),
+# REINFORCE++: an advantage per token; k1 in the reward.
 ALGORITHMS = {
     "reinforce": Algorithm(reinforce, reads=("baseline",)),
     "grpo": Algorithm(grpo, reads=("scale_rewards",)),
     "ppo": Algorithm(ppo, critic=True, groups=False, kl="reward",
-                     reads=("critic", "critic_lr", "gamma", "gae_lambda")),
+                     reads=("critic", "critic_lr", "critic_warmup_ratio", "gamma", "gae_lambda")),
     "reinforce++": Algorithm(reinforce_plus_plus, groups=False, kl="reward", reads=("gamma",)),
 }
 
@@ -572,10 +575,11 @@ ALGORITHMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumSettings):
-    """Options of `train`. Defaults: the paper's, but for GRPO and REINFORCE's baseline."""
+    """Options of `train`. Defaults: the paper's, but for GRPO, REINFORCE's baseline and the sampler
+    correction."""
 
     data: Path = option(help="Training questions: JSONL with id, question, golden_answers.")
-    model: str = option("smollm2", 'The policy: "smollm2" (embedded), a Hub id or a folder.')
+    model: str = option("smollm2", f"The policy: {MODEL}.")
     engine: str = option("simulator", "simulator: ZeroSearch; a real engine: Search-R1; none: R1.",
                          choices=ENGINES)
     top_k: int = option(5, "Documents that a search returns.", low=1)
@@ -585,12 +589,12 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
                               low=1, resumable=True)
     algorithm: str = option("grpo", "How advantages are estimated.", choices=ALGORITHMS)
     reward: str = option("f1", "What is rewarded.", choices=REWARDS)
-    prompts_per_step: int = option(64, "Questions a step, over all processes.", low=1)
+    prompts_per_step: int = option(64, "Questions per step, over all processes.", low=1)
     rollouts: int = option(5, "Attempts at each question.", low=1)
     lr: float = option(1e-6, "Learning rate of the policy.", above=0)
-    warmup_ratio: float = option(0.0, "Share of the steps over which it rises from 0.", low=0,
-                                 high=1)
-    mini_batch_size: int | None = option(None, "Episodes an optimizer step; by default all of a "
+    warmup_ratio: float = option(0.0, "Share of --curriculum-steps over which it rises from 0.",
+                                 low=0, high=1)
+    mini_batch_size: int | None = option(None, "Episodes per optimizer step; by default all of a "
                                          "step's.", low=1)
     kl_coef: float = option(0.001, "Weight of the KL to the start model; 0: no reference.", low=0)
     clip_low: float = option(0.2, "The ratio is clipped at 1 minus this.", low=0, high=1)
@@ -599,7 +603,7 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
     importance_cap: float = option(2.0, "Cap of the sampler correction; 0 turns it off.", low=0)
     baseline: str = option("leave-one-out", "REINFORCE: what is subtracted from the reward.",
                            choices=("leave-one-out", "none"))
-    scale_rewards: bool = option(True, "GRPO: divide by the group's deviation.")
+    scale_rewards: bool = option(True, "GRPO: divide by the group's standard deviation.")
     critic: str | None = option(None, "PPO: the critic's backbone; by default the policy's model.")
     critic_lr: float = option(1e-5, "PPO: learning rate of the critic.", above=0)
     critic_warmup_ratio: float = option(0.0, "PPO: as --warmup-ratio, of the critic.", low=0,
@@ -607,7 +611,7 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
     gamma: float = option(1.0, "PPO, REINFORCE++: discount of a token.", low=0, high=1)
     gae_lambda: float = option(1.0, "PPO: decay of the advantage estimate.", low=0, high=1)
     mask_documents: bool = option(True, "Train no token of a document (off: the paper's Table 7).")
-    batch_tokens: int = option(4096, "Tokens a micro-batch; shared beginnings count once.", low=1)
+    batch_tokens: int = option(4096, "Tokens per micro-batch; shared prefixes count once.", low=1)
     gradient_checkpointing: bool = option(False, "Less memory, more time.")
     eval_every: int = option(0, "Steps between evaluations on held-out questions; 0: none.", low=0)
     eval_data: Path | None = option(None, "The held-out questions, as --data.")
@@ -627,7 +631,7 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
         if self.rollouts == 1 and ALGORITHMS[self.algorithm].groups and not alone:
             raise UserError(f"{self.algorithm} compares the rollouts of a prompt with each other: "
                             "--rollouts 1 is too few")
-        if bool(self.eval_every) != bool(self.eval_data) or self.keep_best > bool(self.eval_every):
+        if bool(self.eval_every) != bool(self.eval_data) or self.keep_best and not self.eval_every:
             raise UserError("an evaluation takes --eval-every N and --eval-data FILE; without it "
                             "there is no best policy to keep")
         if self.eval_engine and (missing := ENGINES[self.eval_engine].missing(self)):
@@ -655,7 +659,7 @@ class TrainSettings(FolderSettings, SearchSettings, EpisodeSettings, CurriculumS
 
 @dataclass
 class Trainer(Worker):
-    """What a step works on. A critic is there for PPO alone, a reference where a KL is paid for."""
+    """What a step works on. A critic is there for PPO alone, a reference for a KL penalty."""
 
     policy: nn.Module  # a TokenScorer, prepared by Accelerate
     optimizer: torch.optim.Optimizer
@@ -663,7 +667,7 @@ class Trainer(Worker):
     critic: nn.Module | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
     schedules: list[LRScheduler] = field(default_factory=list)  # of both learning rates
-    commit: Callable[[], None] = lambda: None  # called before a step first changes a weight
+    before_change: Callable[[], None] = lambda: None  # called before a step changes a weight
 
 
 def make_trainer(accelerator: Accelerator, s: TrainSettings) -> Trainer:
@@ -715,7 +719,7 @@ def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode]
     batch = Batch(rewards, played_groups(episodes, s.rollouts), mask)
     if trainer.reference is not None:
         targets.reference = logprobs_of(trainer.reference)
-    # old: log-probs before the step by the trainer; the sampler's, of another engine, differ a bit.
+    # old: the trainer's log-probs before the step; the sampler's differ by rounding.
     if algorithm.kl == "reward" or optimizer_steps > 1:
         targets.old = logprobs_of(trainer.policy)
     if algorithm.kl == "reward":
@@ -739,7 +743,7 @@ def sampler_logprobs(episode: Episode, sequence: Sequence) -> Tensor:
 
 
 def played_groups(episodes: list[Episode], size: int) -> list[list[int]]:
-    """The places of each prompt's episodes, less those whose search failed."""
+    """The places of each prompt's episodes, which are adjacent, less those whose search failed."""
     groups = [range(len(episodes))[i : i + size] for i in range(0, len(episodes), size)]
     return [[i for i in group if episodes[i].end != "failed"] for group in groups]
 
@@ -770,10 +774,10 @@ def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode], clock: C
         for indices, count in parts:
             sums.append(accumulate_gradient(trainer, s, sequences, targets, count, indices))
             if len(sums) == 1:
-                trainer.commit()
+                trainer.before_change()
             sums[-1]["grad_norm"] = optimizer_step(trainer, sums[-1])
         if not parts:  # no episode had room for a turn
-            trainer.commit()
+            trainer.before_change()
         for schedule in trainer.schedules:
             schedule.step()
     if not parts:
@@ -783,15 +787,13 @@ def update(trainer: Trainer, s: TrainSettings, episodes: list[Episode], clock: C
 
 
 def accumulate_gradient(trainer: Trainer, s: TrainSettings, sequences: list[Sequence],
-                        targets: Targets, tokens: float,
-                        indices: Iterable[int] | None = None) -> dict[str, Any]:
-    """The gradient of a mini-batch of the sequences, by default of all: left in the models.
+                        targets: Targets, tokens: float, indices: list[int]) -> dict[str, Any]:
+    """The gradient of a mini-batch, whose places in `sequences` are given: left in the models.
 
     tokens: how many it trains on all ranks. Returns sums over this rank's, for the metrics."""
     kl_in_loss = trainer.reference is not None and ALGORITHMS[s.algorithm].kl == "loss"
     # No advantage, no gradient: left out, unless a KL or a critic learns from these tokens too.
     train_all = kl_in_loss or trainer.critic is not None
-    indices = range(len(sequences)) if indices is None else indices
     trained = [i for i in indices if train_all or targets.advantages[i].any()]
     sums = dict.fromkeys(("policy", "kl", "entropy", "clipped", "gap", "value", "scored"), 0.0)
     for part in trainer.micro_batches([sequences[i] for i in trained], s.batch_tokens,
@@ -799,11 +801,11 @@ def accumulate_gradient(trainer: Trainer, s: TrainSettings, sequences: list[Sequ
         if not part:
             trainer.idle_backward(trainer.policy, trainer.critic)
             continue
-        part = [trained[i] for i in part]
-        batch, here = [sequences[i] for i in part], targets.flat(part)
+        chosen = [trained[i] for i in part]  # places in the micro-batches' input -> in `sequences`
+        batch, here = [sequences[i] for i in chosen], targets.flat(chosen)
         ids, mask = collate(batch, trainer.accelerator.device)
         logprobs, entropies = trainer.policy(ids, mask, temperature=s.temperature)  # (N,), (N,)
-        trainer.work.append(Pass(trainer.policy, batch, 6))
+        trainer.work.append(Pass(trainer.policy, batch, 6))  # forward and backward
         old = logprobs.detach() if here.old is None else here.old
         sampler = torch.where(here.sampler.isnan(), old, here.sampler)
         weights = importance_weights(old, sampler, s.importance_cap)
@@ -842,17 +844,19 @@ def optimizer_step(trainer: Trainer, sums: dict[str, Any]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupSettings(TuningSettings):
-    trajectories: Path = argument("JSONL of whole trajectories: predictions.jsonl, or your own.")
+    trajectories: Path = argument("JSONL of trajectories. All turns are imitated, wrong ones too: "
+                                  "filter them first.")
     lr: float = option(1e-4, "Peak learning rate.", above=0)
     top_k: int = option(3, "Documents of a search that are read.", low=1)
     max_searches: int = option(5, "As in the rollouts: after so many no more is offered.", low=0)
+    observation_tokens: int = option(2048, "As in the rollouts: documents are cut to this.", low=0)
 
 
 @command(app, WarmupSettings)
 def warmup(s: WarmupSettings) -> None:
     """Teach a small model the template, by imitation; the model goes to OUT/model. Loss on the
     policy's own tokens only. Not part of the paper: its models follow the template when asked to,
-    the embedded one not.
+    SmolLM2-135M does not.
 
     A trajectory of your own, one a line: {"id": "1", "question": Q, "golden_answers": [A], "turns":
     [{"text": "<think> T </think> <search> S </search>", "query": S, "documents": [D, E, F]},
@@ -862,22 +866,20 @@ def warmup(s: WarmupSettings) -> None:
     main = accelerator.is_main_process
     with RunFolder(s, prompts, main, trajectories=s.trajectories) as folder:
         tokenizer = load_tokenizer(s.model)
-        sequences = [replay(record, tokenizer, prompts, s.top_k, s.max_searches)
-                     for record in records]
+        sequences = [replay(record, tokenizer, prompts, s) for record in records]
         fine_tune(accelerator, load_model(s.model), tokenizer, sequences, folder)
 
 
-def replay(record: dict[str, Any], tokenizer, prompts: Prompts, top_k: int,
-           max_searches: int = EpisodeSettings.max_searches) -> Sequence:
+def replay(record: dict[str, Any], tokenizer, prompts: Prompts, s: WarmupSettings) -> Sequence:
     """A recorded trajectory as the ids that a rollout would have made of valid actions."""
     episode = new_episode(record, 0, tokenizer, prompts)
     for number, turn in enumerate(record["turns"], 1):
         ids = encode(tokenizer, turn["text"])
         episode.write(ids, [0.0] * len(ids))
         if turn.get("query"):
-            documents = turn["documents"][:top_k]
-            episode.read(observation_ids(tokenizer, documents, EpisodeSettings.observation_tokens))
-            if number == max_searches:
+            documents = turn["documents"][: s.top_k]
+            episode.read(observation_ids(tokenizer, documents, s.observation_tokens))
+            if number == s.max_searches:
                 episode.read(encode(tokenizer, fill(prompts["policy"]["last_turn"]) + "\n"))
     return Sequence(episode.ids, episode.mask)
 
@@ -954,7 +956,7 @@ def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerat
     if s.prompts_per_step % processes:
         raise UserError(f"--prompts-per-step can't be divided over {processes} processes")
     if s.resume and (done := max(saved_steps(s.out), default=0)) > s.steps:
-        raise UserError(f"--steps {s.steps}: {done} are done")
+        raise UserError(f"--steps {s.steps}: the run already has {done}")
     transformers.set_seed(s.seed)
     generator, trainer = load_generator(s.model, s.generator), make_trainer(accelerator, s)
     setup = Setup(generator, ENGINES[s.engine].make(s), folder.prompts, s, s.seed)
@@ -977,7 +979,7 @@ def prepare(s: TrainSettings, rows: list[dict[str, Any]], accelerator: Accelerat
         evaluations = read_jsonl(s.out / "eval.jsonl", whole_lines=True)
         run.best = max((row["eval/reward"] for row in evaluations), default=run.best)
     start_tracker(accelerator, s.logger, s)
-    trainer.commit = checkpoints.agree  # from there on a signal waits for the end of the step
+    trainer.before_change = checkpoints.forbid_abort  # a signal then waits for the step's end
     return run
 
 
@@ -1011,7 +1013,7 @@ def play_questions(run: Run, setup: Setup, rows: list[dict[str, Any]], samples: 
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     episodes = [new_episode(row, sample, setup.tokenizer, setup.prompts, setup.engine is not None)
                 for row in mine for sample in range(samples)]
-    with run.checkpoints.droppable():
+    with run.checkpoints.abortable():
         rollout(episodes, setup, **how)
     for idle in (setup.generator, getattr(setup.engine, "generator", None)):
         if idle:
@@ -1028,7 +1030,7 @@ def learn(run: Run, step: int, episodes: list[Episode], clock: PhaseClock) -> di
     """One update from the episodes of all ranks; the sampler gets the new weights."""
     s, accelerator = run.s, run.trainer.accelerator
     shares = balance_over_ranks(episodes, s.rollouts, accelerator.num_processes)
-    mine = shares[accelerator.process_index]
+    mine = shares[accelerator.process_index]  # whole groups of episodes
     mini_batches = split(episodes, mine, s.mini_batch_size or len(episodes))
     try:
         losses = update(run.trainer, s, mine, clock, mini_batches)

@@ -131,20 +131,20 @@ class Checkpoints:
         print(resume_command(self.accelerator.num_processes), file=sys.stderr)
 
     @contextmanager
-    def droppable(self) -> Iterator[None]:
+    def abortable(self) -> Iterator[None]:
         """Context of work that a signal may stop at once. All ranks then drop the step."""
-        with suppress(KeyboardInterrupt):  # stops this rank only; `agree` tells the others
+        with suppress(KeyboardInterrupt):  # stops this rank only; `forbid_abort` tells the others
             self.signals.allow(True)
             yield
             self.signals.allow(False)
-        self.agree()
-        self.drop()
+        self.forbid_abort()
+        self.allow_abort()
 
-    def drop(self) -> None:
-        """From here to `agree` a signal may stop the step, unless other ranks would wait for it."""
+    def allow_abort(self) -> None:
+        """Until `forbid_abort` a signal may stop the step, unless other ranks would wait for it."""
         self.signals.allow(self.accelerator.num_processes == 1)
 
-    def agree(self) -> None:
+    def forbid_abort(self) -> None:
         """Drop the step on all ranks if any got a signal. Later ones wait for the step's end."""
         self.signals.agree()
 

@@ -190,5 +190,5 @@ def check_failures(errors: list[str | None], before: int, allowed: int) -> None:
     An episode whose search failed says nothing of its policy: it is neither scored nor trained."""
     failed = [error for error in errors if error]
     if before + len(failed) > allowed or (failed and len(failed) == len(errors)):
-        raise StopRun(f"{before + len(failed)} searches failed (--failed-searches allows "
+        raise StopRun(f"{before + len(failed)} episodes failed (--failed-searches allows "
                       f"{allowed}): {failed[-1]}")

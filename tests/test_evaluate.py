@@ -435,7 +435,7 @@ def test_limit_draws_with_the_seed_from_the_benchmark(run):
 
 def test_failures_add_up_over_batches_and_a_resumed_run_goes_on(run):
     bad = Library(error=lambda request: "HTTP 400" * (request.question != "Who?"))
-    with pytest.raises(UserError, match="2 searches failed .--failed-searches allows 1"):
+    with pytest.raises(UserError, match="2 episodes failed .--failed-searches allows 1"):
         run("run", replies, method="rag", failed_searches=1, engine=bad)
     done = run("run", replies, "--resume", method="rag", failed_searches=2)
     assert [request.question for request in done.engine.requests] == ["When?"]

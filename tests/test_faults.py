@@ -279,7 +279,7 @@ def end_and_resume(world, module, engine, fault, capsys, monkeypatch):
         run_cli(module.app)
     assert time.monotonic() - begun < EARNEST.bound + 10 and exit_.value.code == 2  # it loads, too
     said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(said) == 1 and "Traceback" not in said[0] and "searches failed (" in said[0]
+    assert len(said) == 1 and "Traceback" not in said[0] and "episodes failed (" in said[0]
     assert module is evaluate or said[0].endswith("; 1 steps are saved: --resume goes on")
     before = read_lines(log)
     assert len(before) == finished

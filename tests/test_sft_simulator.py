@@ -275,7 +275,7 @@ def test_label_looks_at_the_documents_shown_alone(jsonl, tmp_path, capsys):
     assert {rows[0]["query"], rows[2]["query"]} == {"twin", "hop"}  # twins first, side by side
     assert all(rows[i]["query"] == rows[i + 1]["query"] for i in (0, 2))
     shown = " ".join(capsys.readouterr().err.split())
-    assert "6 pairs, half of them useful; 2 with a target of" in shown
+    assert "6 pairs, 3 of them useful; 2 with a target of" in shown
 
 
 def test_label_limit_seed_top_k_and_balance(jsonl, tmp_path):
@@ -284,6 +284,10 @@ def test_label_limit_seed_top_k_and_balance(jsonl, tmp_path):
     assert len(first) == 16 and len(first[0]["documents"]) == 3
     assert first == again != other and sorted(map(str, first)) == sorted(map(str, other))
     assert label(tmp_path, path, seed=1, limit=5) == other[:5]
+    bare = [{"text": "", "query": "x"}, {"text": "", "query": "y", "documents": None}]
+    found = jsonl("bare.jsonl", [trajectory("q", ["gold", *"abcde"])])
+    bare = jsonl("none.jsonl", [trajectory("q", []) | {"turns": bare}])  # as of a failed search
+    assert label(tmp_path, found, bare) == label(tmp_path, found)
     assert {len(row["documents"]) for row in label(tmp_path, path, top_k=4)} == {4}
     # Of a quality's surplus, which is left out does not depend on the order of the file.
     records = [trajectory(f"u{i}", ["gold", "x"]) for i in range(5)]

@@ -112,7 +112,7 @@ def test_only_the_policys_own_text_is_parsed(tokenizer):
     rl.score(episode)
     assert episode.answer is None and episode.reward == episode.scores["answered"] == 0
     (empty,), _, _ = play(tokenizer, ["<answer></answer>"])
-    assert empty.answer == "" and empty.scores["answered"] == 1
+    assert empty.answer == "" and empty.scores["answered"] == 0
 
 
 def test_the_last_turn_pays_for_no_search(tokenizer):
@@ -197,11 +197,20 @@ def test_a_rollout_and_a_replay_give_the_same_ids(tokenizer):
     (episode,), _, _ = play(tokenizer, replies, ["d", "e"])
     turns = [{"text": replies[0], "query": "a", "documents": ["d", "e", "deeper"]},
              {"text": replies[1]}]
-    sequence = rl.replay(question() | {"turns": turns}, tokenizer, PROMPTS, top_k=2)
+    s = rl.WarmupSettings(trajectories=Path("x"), out=Path("x"), top_k=2,
+                          observation_tokens=LIMITS.observation_tokens)
+    sequence = rl.replay(question() | {"turns": turns}, tokenizer, PROMPTS, s)
     assert (sequence.ids, sequence.mask) == (episode.ids, episode.mask)
     limits = replace(LIMITS, max_searches=1)  # here the last turn is announced
     (episode,), _, _ = play(tokenizer, replies, ["d", "e"], limits)
-    sequence = rl.replay(question() | {"turns": turns}, tokenizer, PROMPTS, 2, max_searches=1)
+    s = replace(s, max_searches=1)
+    sequence = rl.replay(question() | {"turns": turns}, tokenizer, PROMPTS, s)
+    assert (sequence.ids, sequence.mask) == (episode.ids, episode.mask)
+    limits = replace(limits, observation_tokens=40)  # here the documents are cut
+    (episode,), _, _ = play(tokenizer, replies, ["d" * 50, "e"], limits)
+    turns[0]["documents"] = ["d" * 50, "e"]
+    s = replace(s, observation_tokens=40)
+    sequence = rl.replay(question() | {"turns": turns}, tokenizer, PROMPTS, s)
     assert (sequence.ids, sequence.mask) == (episode.ids, episode.mask)
     assert PROMPTS["policy"]["last_turn"] in tokenizer.decode(sequence.ids)
 
@@ -665,7 +674,7 @@ def test_a_simulator_that_finds_nothing_stops_the_run(train, capsys):
 
 
 @pytest.mark.parametrize("fault,words", [
-    ("failed", "4 searches failed .*; 2 steps are saved: --resume goes on"),
+    ("failed", "4 episodes failed .*; 2 steps are saved: --resume goes on"),
     ("empty", "2 steps in a row .*; 4 steps are saved: --resume goes on")])
 def test_a_run_that_its_searches_end_loses_no_step(train, monkeypatch, fault, words):
     """Long before a checkpoint is due. Resumed with a sound engine, it ends as if it had gone on.
@@ -736,7 +745,7 @@ def test_failed_searches_are_counted_over_the_whole_run(train, monkeypatch):
     assert run.metrics[0]["reward/mean"] == sum(e["reward"] for e in first) / 6 > 0
     assert run.metrics[0]["reward/zero_variance_groups"] == sum(len(g) == 1 for g in groups) / 3
     for flags in ([], ["--resume"]):  # in the third step
-        with pytest.raises(UserError, match="6 searches failed .--failed-searches allows 5.: bro"):
+        with pytest.raises(UserError, match="6 episodes failed .--failed-searches allows 5.: bro"):
             train(failed_searches=5, out="fewer", flags=flags, **options)
         assert len(read_lines(run.out.parent / "fewer/metrics.jsonl")) == 2
 

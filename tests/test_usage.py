@@ -117,6 +117,7 @@ WRONG = [
     (rl, [*TRAIN, "--gamma", 0.9], "--gamma has no effect with --algorithm grpo"),
     (rl, [*TRAIN, "--critic", "tiny"], "--critic has no effect with --algorithm grpo"),
     (rl, [*TRAIN, "--algorithm", "ppo", "--baseline", "none"], "--algorithm ppo"),
+    (rl, [*TRAIN, "--critic-warmup-ratio", 0.1], "--critic-warmup-ratio has no effect with --alg"),
     (rl, [*TRAIN, "--algorithm", "ppo", "--no-scale-rewards"], "--scale-rewards has no effect"),
     (rl, [*TRAIN, "--curriculum", "constant", "--base", 2], "--base has no effect with --curr"),
     (rl, [*TRAIN, "--curriculum", "random", "--base", 2], "--base has no effect with --curr"),
