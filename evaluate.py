@@ -408,8 +408,7 @@ def run(s: RunSettings) -> None:
     state, prompts = PartialState(), load_prompts(s.prompts)
     with ExitStack() as stack:
         folders = [stack.enter_context(RunFolder(job, prompts, state.is_main_process,
-                                                 data=job.questions_file(),
-                                                 corpus=s.corpus if s.engine == "bm25" else None))
+                                                 data=job.questions_file(), **s.files()))
                    for job, _ in jobs]
         # First the generator: vLLM, when it starts, trips over modules that bm25s imports.
         generator = load_generator(s.model, s.generator)

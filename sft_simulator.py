@@ -503,14 +503,17 @@ class OneSearchSettings(SearchSettings):
 @command(app, OneSearchSettings)
 def search(s: OneSearchSettings) -> None:
     """Send one query to an engine, print what it finds; a simulator answers in both qualities."""
+    engine, simulated = ENGINES[s.engine].make(s), ENGINES[s.engine].simulated
+    if engine is None:
+        raise UserError(f"--engine {s.engine} answers no search")
     requests = [SearchRequest(s.query)]
-    if s.engine == "simulator":
+    if simulated:
         requests = [SearchRequest(s.query, s.question or s.query, tuple(s.answer), quality, s.seed)
                     for quality in ("useful", "noisy")]
-    for request, result in zip(requests, ENGINES[s.engine].make(s).search(requests), strict=True):
+    for request, result in zip(requests, engine.search(requests), strict=True):
         if result.error:
             raise UserError(result.error)
-        title = f"{s.engine}, {request.quality}" if s.engine == "simulator" else s.engine
+        title = f"{s.engine}, {request.quality}" if simulated else s.engine
         found = format_documents(result.documents) or "nothing found"
         print(plain(f"{s.query}  ({title})\n{found}\n"))
 

@@ -508,9 +508,9 @@ class Batch:
     rewards: Tensor  # (B,) float64
     groups: list[list[int]]  # indices of each prompt's episodes, less those whose search failed
     mask: Tensor  # (B, L): 1 where an episode has a trained token
+    whiten: Callable[[Tensor], Tensor]  # over the trained tokens of all ranks
     kl: Tensor | None = None  # (B, L): log pi - log ref; with the KL in the reward only
     values: Tensor | None = None  # (B, L): the critic's
-    whiten: Callable[[Tensor], Tensor] | None = None  # over the trained tokens of all ranks
 
     def by_group(self, advantage: Callable[[Tensor], Tensor]) -> Tensor:
         """advantage((1, G)) -> (1, G) of every group that can be compared, as (B, 1); else 0."""
@@ -716,7 +716,8 @@ def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode]
     targets = Targets([], sampler)
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
     mask = pad([torch.ones_like(x) for x in sampler])
-    batch = Batch(rewards, played_groups(episodes, s.rollouts), mask)
+    batch = Batch(rewards, played_groups(episodes, s.rollouts), mask,
+                  lambda values: whiten(values, *trainer.moments(values, mask), mask))
     if trainer.reference is not None:
         targets.reference = logprobs_of(trainer.reference)
     # old: the trainer's log-probs before the step; the sampler's differ by rounding.
@@ -725,7 +726,6 @@ def estimate_targets(trainer: Trainer, s: TrainSettings, episodes: list[Episode]
     if algorithm.kl == "reward":
         pairs = zip(targets.old, targets.reference or targets.old)
         batch.kl = pad([old - reference for old, reference in pairs])
-        batch.whiten = lambda values: whiten(values, *trainer.moments(values, mask), mask)
     if algorithm.critic:
         targets.values = trainer.evaluate(trainer.critic, sequences, s.batch_tokens)
         batch.values = pad(targets.values)
@@ -928,9 +928,8 @@ def train(s: TrainSettings) -> None:
     if len(rows := read_questions(s.data)) < s.prompts_per_step:
         raise UserError(f"{s.data}: {len(rows)} questions, fewer than --prompts-per-step")
     accelerator = make_accelerator(log_with=s.logger, project_dir=s.out)
-    reads = {"data": s.data, "eval_data": s.eval_data if s.eval_every else None,
-             "corpus": s.corpus if "bm25" in (s.engine, s.eval_engine) else None}
-    with RunFolder(s, load_prompts(s.prompts), accelerator.is_main_process, **reads) as folder:
+    inputs = {"data": s.data, "eval_data": s.eval_data if s.eval_every else None, **s.files()}
+    with RunFolder(s, load_prompts(s.prompts), accelerator.is_main_process, **inputs) as folder:
         run = prepare(s, rows, accelerator, folder)
         start = run.checkpoints.done
         with run.checkpoints.stoppable():

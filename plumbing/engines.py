@@ -53,7 +53,10 @@ class SearchResult:
 
 
 class SearchEngine(Protocol):
-    """One result per request, in the same order."""
+    """One result per request, in the same order, of at most top_k documents.
+
+    Called from many threads at once, with a request each, where the policy is sampled by vLLM or a
+    server. A search that fails for good is a result with `error`: an exception ends the run."""
 
     def search(self, requests: list[SearchRequest]) -> list[SearchResult]: ...
 
@@ -62,8 +65,9 @@ class SearchEngine(Protocol):
 class Engine:
     """An entry of ENGINES. make: an engine from a command's settings.
 
-    missing: what the settings lack, or None; asked at once, before anything is loaded.
-    reads: the settings of engines that it reads, limits aside, which hold for all; None: any.
+    missing: what the settings lack, or None; asked before anything is loaded. It may also raise
+    UserError, such as for a file that can't be read.
+    reads: the settings that it reads, but for top_k; None: any.
     simulated: whether a search is asked for useful or noisy documents."""
 
     make: Callable[["EngineSettings"], SearchEngine | None]
@@ -95,6 +99,12 @@ class EngineSettings(Settings):
     def engines(self) -> list[str]:
         """The engines that are asked."""
         return [self.engine]
+
+    def files(self) -> dict[str, Path]:
+        """The files that these engines read, by option: a resumed run must find them unchanged."""
+        known = {name for engine in ENGINES.values() for name in engine.reads or ()}
+        read = sorted(known - EngineSettings.unused(self).keys())
+        return {name: path for name in read if isinstance(path := getattr(self, name, None), Path)}
 
     def unused(self) -> dict[str, str]:
         reads = {name: engine.reads for name, engine in ENGINES.items()}

@@ -46,12 +46,12 @@ class RunFolder:
 
     Entering it locks the folder and raises UserError if this run may not have it. `open`, once all
     that the run needs has loaded, makes it the run's; `begun` tells that its first step is done.
-    Prompts and reads: what a resumed run must find unchanged. Only the main rank touches files."""
+    Prompts and inputs: what a resumed run must find unchanged. Only the main rank touches files."""
 
     def __init__(self, s: FolderSettings, prompts: Prompts, main: bool = True,
-                 **reads: Path | None):
+                 **inputs: Path | None):
         self.s, self.main, self.prompts = s, main, prompts
-        self.reads = {name: path for name, path in reads.items() if path is not None}
+        self.inputs = {name: path for name, path in inputs.items() if path is not None}
 
     def __enter__(self) -> "RunFolder":
         if self.main:
@@ -70,7 +70,7 @@ class RunFolder:
         if self.s.resume:
             self.check_same_run(read_config(out))
             return
-        if missing := [path for path in self.reads.values() if not Path(path).exists()]:
+        if missing := [path for path in self.inputs.values() if not Path(path).exists()]:
             raise UserError(f"{missing[0]}: no such file")
         put_back(out)  # of a run that was killed before its first step
         if is_run(out):
@@ -85,7 +85,8 @@ class RunFolder:
         """Raise UserError if a run of other settings, prompts or contents has this config."""
         before, now = config["settings"], self.s.record()
         fixed = [f.name for f in dataclasses.fields(self.s) if not f.metadata.get("resumable")]
-        if changed := [name for name in fixed if before.get(name) != now[name]]:
+        # An option that the code has got since is left alone.
+        if changed := [name for name in fixed if before.get(name, now[name]) != now[name]]:
             raise UserError(f"{self.s.out} was begun with other settings: {', '.join(changed)}")
         for kind, what in (("inputs", "contents"), ("prompts", "wording of the prompts")):
             before, now = config.get(kind, {}), self.record()[kind]
@@ -95,7 +96,7 @@ class RunFolder:
 
     def record(self) -> dict[str, Any]:
         """What a resumed run must find unchanged, as JSON-compatible values."""
-        inputs = {name: sha256(path) for name, path in self.reads.items()}
+        inputs = {name: sha256(path) for name, path in self.inputs.items()}
         return {"settings": self.s.record(), "prompts": self.prompts, "inputs": inputs}
 
     def open(self) -> None:

@@ -215,8 +215,8 @@ def make_critic(dtype):
 
 
 def gradient(episodes, dtype=torch.float64, keep_critic=False, mini_batches=None, **changes):
-    """The last gradient and the metrics (or the critic's gradient) of an update of a tiny policy.
-    """
+    """The last gradient, its norm cut at 1, and the metrics (or the critic's gradient) of an update
+    of a tiny policy."""
     s = settings(**changes)
     accelerator = Accelerator(cpu=True)  # under `accelerate launch` one rank of several
 

@@ -14,6 +14,7 @@ import evaluate
 import sft_simulator as sim
 import train_rl as rl
 from plumbing.cli import UserError
+from plumbing.engines import ENGINES, Engine
 from plumbing.runfolder import LOCK, FolderSettings, RunFolder, begun
 
 
@@ -213,11 +214,14 @@ def test_a_run_killed_before_its_first_step_blocks_no_other(tmp_path, old):
         assert set(tree(out)) == {"config.json"}
 
 
-def test_resumed_on_other_contents_it_is_refused(stages, tmp_path, jsonl, capsys, monkeypatch):
-    """Data, corpus or prompts that have changed under their names."""
+@pytest.mark.parametrize("reads", [("corpus",), None])
+def test_resumed_on_other_contents_it_is_refused(stages, tmp_path, jsonl, capsys, monkeypatch,
+                                                 reads):
+    """Data, corpus or prompts that have changed under their names; with an engine of one's own."""
+    monkeypatch.setitem(ENGINES, "mine", Engine(ENGINES["bm25"].make, reads=reads))
     wording = tmp_path / "wording.toml"
     wording.write_text('[direct]\nuser = "{question} Now!"')
-    evaluation = [*stages["evaluation"], "--engine", "bm25", "--corpus",
+    evaluation = [*stages["evaluation"], "--engine", "mine", "--corpus",
                   jsonl("corpus.jsonl", corpus_rows()), "--prompts", wording]
     command(*evaluation, "--out", tmp_path / "run")
     capsys.readouterr()
@@ -231,5 +235,8 @@ def test_resumed_on_other_contents_it_is_refused(stages, tmp_path, jsonl, capsys
         line = one_line(capsys, monkeypatch, *evaluation, "--out", tmp_path / "run", "--resume")
         assert line.endswith(words) and tree(tmp_path / "run") == held
         path.write_text(text)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    del config["settings"]["samples"]  # as of a version that had no such option
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
     command(*evaluation, "--out", tmp_path / "run", "--resume")
     assert len(read_lines(tmp_path / "run/predictions.jsonl")) == 2

@@ -91,6 +91,7 @@ WRONG = [
     (evaluate, [*NEW, "--method", "guess"], "--method guess: there are agent"),
     (sim, [*SEARCH, "--top-k", 0], "--top-k must be at least 1, not 0"),
     (sim, [*SEARCH, "--engine", "bing"], "bing"),
+    (sim, [*SEARCH, "--engine", "none"], "--engine none answers no search"),
     (costs, ["plan", "--gpu", "B9000"], "no price for device 'B9000'; known: A100-80GB"),
     (costs, ["plan", "--api", "askme"], "no price for search 'askme'; known: serpapi"),
     (costs, ["plan", "--steps", 0], "--steps must be above 0, not 0"),
@@ -229,6 +230,6 @@ def test_a_presets_values_and_shared_limits_are_no_wrong_usage(capsys):
 
 
 def test_every_registry_refuses_what_it_does_not_hold():
-    batch = rl.Batch(rewards=None, groups=[], mask=None)
+    batch = rl.Batch(rewards=None, groups=[], mask=None, whiten=None)
     with pytest.raises(KeyError):
         rl.reinforce(batch, rl.TrainSettings(data=ROOT, out=ROOT, baseline="None"))
