@@ -69,7 +69,7 @@ def test_a_run_is_extended_and_keeps_its_curriculum(policy, tiny, jsonl, tmp_pat
     assert [row["noise/p"] for row in read_metrics(short)] == [0, 0.5, 0.5, 0.5]
     capsys.readouterr()
     line = one_line(capsys, monkeypatch, *training, "--out", short, "--resume", "--steps", 3)
-    assert "--steps 3: 4 are done" in line
+    assert "--steps 3: the run already has 4" in line
 
 
 def full(*args, **kwargs):
