@@ -307,6 +307,8 @@ def draw_curves(by_arm: dict[str, list[Cell]], path: Path) -> None:
         ax.set(title=name, ylim=(0, 1))
         ax.locator_params(axis="x", integer=True)
         ax.grid(axis="y")
+    for ax in axes[max(0, len(runs) - 4) : len(runs)]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
     for ax in axes[len(runs):]:
         ax.set_axis_off()
     fig.supxlabel("step (lines: training; dots: held out)")
