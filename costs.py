@@ -266,7 +266,7 @@ def print_runs(rows: list[dict]) -> None:
     print_table(f"Against {PAPER_API}: the search side, the whole run", header, bills)
     print("simulated: tokens that the simulator read and wrote. "
           "device-seconds: seconds x devices; step: the whole step,\n"
-          "reference: all passes before the update, other: what no phase reports. "
+          "reference: all passes before the update; other: what no phase reports. "
           "search side: waiting for the engine, which the paper compares;\n"
           f"{PAPER_API} is taken to answer at once. "
           "A negative saving: the run cost more than the API would have.")

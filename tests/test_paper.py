@@ -5,6 +5,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import BUDGET, ROOT, command, question, read_lines
@@ -239,6 +240,14 @@ def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
     assert "real has not been run yet; zero: EM 90 with 1 hops, in 1.0 searches, reward/mean" in (
         exercise) and "reward/mean 0.3 → 0.9" in exercise
     assert any("abcdef1" in line and "0.40 to 0.40 TFLOP/s" in line for line in lines)
+
+
+def test_a_run_that_was_halted_is_named(paper, jsonl):
+    cells = [SimpleNamespace(name=name, kept=lambda _, path=path: path) for name, path in (
+        ("even-0", jsonl("even.jsonl", [{"time/step": 60.0}, {"time/step": 200.0}] * 3)),
+        ("held-0", jsonl("held.jsonl", [{"time/step": 60.0}] * 4 + [{"time/step": 1380.0}])))]
+    assert paper["page"].standstills(cells).endswith(" too high: held-0 (23 minutes).")
+    assert paper["page"].standstills(cells[:1]) == ""
 
 
 @pytest.mark.parametrize(("rule", "interval", "said"), [

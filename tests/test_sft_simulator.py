@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sft_simulator as sim
 import train_rl as rl
 from plumbing.cli import UserError
-from plumbing.engines import QUERY_CHARACTERS, SearchRequest
+from plumbing.engines import ENGINES, QUERY_CHARACTERS, Engine, SearchRequest
 from plumbing.generate import Sampling
 from plumbing.remote import OutsideError
 from plumbing.text import ROOT, load_prompts
@@ -439,6 +439,15 @@ def test_search_shows_both_qualities_and_passes_its_options(plug, tmp_path, caps
             "--prompts", tmp_path / "mine.toml", "--simulator-temperature", 0.3)
     assert "user\nPeru: Peru 25 3<|im_end|>" in fake.prompts[2]  # without a question: the query
     assert fake.seeds[2] == 0 and fake.calls[1].sampling.temperature == 0.3
+
+
+def test_any_simulated_engine_is_asked_for_both_qualities(monkeypatch, capsys):
+    engine = FakeEngine("a doc")
+    monkeypatch.setitem(ENGINES, "mine", Engine(lambda s: engine, simulated=True))
+    command(sim, "search", "Peru", "--engine", "mine", "--question", "Where?", "--answer", "Lima")
+    assert engine.requests == [SearchRequest("Peru", "Where?", ("Lima",), quality, 0)
+                               for quality in ("useful", "noisy")]
+    assert "Peru  (mine, noisy)\n1. a doc\n" in capsys.readouterr().out
 
 
 def test_a_search_without_a_hit_says_so(jsonl, capsys):

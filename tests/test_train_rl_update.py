@@ -195,6 +195,16 @@ def test_a_mini_batch_has_the_gradient_of_its_episodes_alone():
     assert metrics["tokens/trained"] == sum(sum(e.mask) for e in episodes)
 
 
+def test_an_algorithm_of_ones_own_may_whiten_with_the_kl_in_the_loss(monkeypatch):
+    """Undiscounted and without a KL, REINFORCE++ whitens the reward that each token leads to."""
+    whitened = rl.Algorithm(lambda batch, s: (
+        batch.whiten(batch.rewards[:, None] * batch.mask), None))
+    monkeypatch.setitem(rl.ALGORITHMS, "own", whitened)
+    own, _ = gradient(saved_episodes(), algorithm="own")
+    plain, _ = gradient(saved_episodes(), algorithm="reinforce++", gamma=1.0)
+    assert relative(own, plain) < 1e-6
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce++", "grpo"])
 def test_a_batch_without_a_trained_token_is_skipped_and_counted(algorithm):
     """All searches failed; or only those of a rank, which has no tokens but takes part."""

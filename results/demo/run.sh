@@ -56,7 +56,7 @@ probe() {
 
 warmup() { # TRAJECTORIES NAME
     $PY train_rl.py warmup "$OUT/$1" --top-k 3 --max-searches 3 \
-        --batch-tokens 1536 --out "$OUT/$2" --lr 1e-4 --batch-size 2 --seed "$SEED" --overwrite
+        --observation-tokens 200 --batch-tokens 1536 --out "$OUT/$2" --lr 1e-4 --batch-size 2 --seed "$SEED" --overwrite
 }
 
 policy() { # NAME SEED; on the questions that the simulator was tuned on: it knows no other facts

@@ -71,8 +71,8 @@ def main(out: Out = HERE) -> None:
         "searches of training would cost there, of all seeds; search side: what answering them "
         "cost, a part of the whole run; at the prices of data/prices.toml (`costs.py run`). BM25 "
         "is local and almost free: a simulator is cheaper than an API, not than that. A bill is "
-        "cores times seconds, and other work on the machine lengthens them; in those of r1 (seed "
-        "2) and no-noise, one step stood still for 23 minutes.",
+        "cores times seconds, and other work on the machine lengthens them."
+        + standstills(everything),
         "![Training reward and held-out reward of every arm](curves.png)",
         "Held-out questions are asked without noise and with the real engine, in every arm, "
         "`r1` too, which trains and is tested without one.",
@@ -203,11 +203,11 @@ def exercise_list(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
         names = re.findall(r"`(\w+/\w+)`", row["look"])
         shown = "; ".join(one_line(cells) + courses(cells, names)
                           for cells in (by_arm[row["arm"]], method))
+        our_reading = f" Our reading of the kept runs: {row['reading']}" if "reading" in row else ""
         lines.append(
             f"{number}. **{row['asks']}** `.venv/bin/python results/paper/run.py {row['arm']} "
             f"--seeds 0 --out runs/mine`<br>Compare: {row['look']}"
-            f"<details><summary>What the runs show</summary>{shown}. {row.get('reading', '')}"
-            "</details>")
+            f"<details><summary>What the runs show</summary>{shown}.{our_reading}</details>")
     return "\n".join(lines)
 
 
@@ -265,6 +265,18 @@ def arms_table(by_arm: dict[str, list[Cell]]) -> str:
     header = ["arm", "what it is", "seeds", "EM clean", "EM noisy", "searches a question",
               "training reward", "SerpApi", "search side", "whole run"]
     return markdown_table(header, [arm_row(cells) for cells in by_arm.values()], text_columns=2)
+
+
+def standstills(cells: list[Cell]) -> str:
+    """A sentence on the runs that were halted within a step: their bills are too high."""
+    found = []
+    for cell in cells:
+        path = cell.kept("metrics.jsonl")
+        seconds = [row["time/step"] for row in read_jsonl(path)] if path.exists() else []
+        if seconds and max(seconds) > 10 * statistics.median(seconds):
+            found.append(f"{cell.name} ({max(seconds) / 60:.0f} minutes)")
+    return f" Halted within a step, so that their bills are too high: {', '.join(found)}." * bool(
+        found)
 
 
 def arm_row(cells: list[Cell]) -> list[str]:
