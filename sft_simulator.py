@@ -40,13 +40,13 @@ from plumbing.models import (load_model, load_tokenizer, make_accelerator, prepa
                              simulator_tuning)
 from plumbing.page import show_probe
 from plumbing.ranks import Worker
-from plumbing.remote import chat_verdicts, is_server
+from plumbing.remote import is_server
 from plumbing.scorer import NOTHING, Sequence, TokenScorer, collate
 from plumbing.runfolder import FolderSettings, RunFolder
 from plumbing.served import load_generator
-import plumbing.web  # noqa: F401 (adds http and serpapi to ENGINES)
 from plumbing.text import (BRACKETS, ROOT, Prompts, clean, contains_answer, encode, fill,
                            load_prompts, neutralize, prompt_ids)
+from plumbing.web import chat_verdicts  # this module adds http and serpapi to ENGINES, too
 
 app = make_app(__doc__)
 
@@ -248,7 +248,8 @@ class LabelSettings(CommonSettings):
     overwrite: bool = option(False, "Replace the file that --out names.")
     top_k: int = option(3, "Documents of a pair.", low=1)
     limit: int | None = option(None, "Keep at most so many pairs.", low=1)
-    judge: str | None = option(None, "http://host:port/v1 of a model that judges.")
+    judge: str | None = option(
+        None, "http://host:port/v1 of a model that judges. Its replies are kept in runs/cache.")
     judge_model: str | None = option(None, "The model's name there; by default the first.")
 
     def check(self) -> None:

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import re
 import threading
 import time
 from collections import deque
@@ -270,26 +269,3 @@ def served_replicas(urls: list[str]) -> tuple[Replicas, str]:
     for url in cards.keys() - served.keys():
         replicas.set_aside(url, cards[url])
     return replicas, model
-
-
-def chat_verdicts(address: str, model: str | None, questions: list[tuple[str, str]],
-                  words: tuple[str, ...]) -> list[str | None]:
-    """The one of `words` in a served model's reply to each (system, user) pair; None if it has
-    none or several. model: None for the server's first. Raises OutsideError."""
-    urls = server_urls(address)
-    replicas, model = (Replicas(urls), model) if model else served_replicas(urls)
-
-    def verdict(answer: dict[str, Any]) -> str | None:
-        reply = answer["choices"][0]["message"]["content"]
-        found = set(re.findall("|".join(words), reply.lower()))
-        return found.pop() if len(found) == 1 else None
-
-    def ask(question: tuple[str, str]) -> str | None:
-        messages = [{"role": role, "content": text}
-                    for role, text in zip(("system", "user"), question)]
-        body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": 16}
-        policy = RetryPolicy(timeout=120)
-        return call(replicas, verdict, path="/chat/completions", retry_policy=policy, json=body,
-                    **openai_key())
-
-    return in_threads(ask, questions, 16)

@@ -1,9 +1,10 @@
-"""Remote search engines, retrieval servers and SerpApi: cached, with bounded time and attempts."""
+"""Retrieval servers, SerpApi and a judge: each answer is paid for once, in bounded time."""
 
 import atexit
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -17,14 +18,15 @@ from typing import Any
 from plumbing.cli import console
 from plumbing.engines import (DOCUMENT_CHARACTERS, ENGINES, QUERY_CHARACTERS, SEARCH_CACHE, Engine,
                               SearchRequest, SearchResult, titled)
-from plumbing.remote import OutsideError, RetryPolicy, call, is_server
+from plumbing.remote import (OutsideError, Replicas, RetryPolicy, call, in_threads, is_server,
+                             openai_key, served_replicas, server_urls)
 from plumbing.text import clean
 
 BUSY, RETRY = 2.0, 60.0  # seconds: to wait for a locked cache; between attempts at a faulty one
 
 
 class AnswerCache:
-    """Documents of answered searches by key, in an SQLite file. Thread-safe.
+    """What servers answered, lists of texts by key, in an SQLite file. Thread-safe.
 
     No fault of the file ends a run: there is one warning. What can't be written is kept in memory,
     and tried again from time to time and at the end; a damaged file is moved aside."""
@@ -67,7 +69,7 @@ class AnswerCache:
                 return [found for row in rows for found in base.execute(statement, row)]
         except (sqlite3.Error, OSError) as error:
             self._rests_until[what] = time.monotonic() + RETRY
-            self._warn(f"the search cache {self.path} can't be {what} ({clean(str(error))}): on "
+            self._warn(f"the cache {self.path} can't be {what} ({clean(str(error))}): on "
                        "without it")
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT,
                                                                 sqlite3.SQLITE_NOTADB):
@@ -93,8 +95,8 @@ class AnswerCache:
             self._rests_until["written"] = 0.0
             self._write()
             if self._unwritten:
-                console.print(f"{len(self._unwritten)} answers could not be written to the search "
-                              f"cache {self.path}", style="yellow", soft_wrap=True)
+                console.print(f"{len(self._unwritten)} answers could not be written to the cache "
+                              f"{self.path}", style="yellow", soft_wrap=True)
 
 
 class RemoteEngine:
@@ -218,3 +220,34 @@ ENGINES["http"] = Engine(lambda s: HTTPEngine(s.url, s.top_k), lambda s: None if
                          reads=("url",))
 ENGINES["serpapi"] = Engine(lambda s: SerpApiEngine(s.top_k), lambda s: None if serpapi_key() else
                             "the key in the environment: SERPAPI_API_KEY", reads=())
+
+
+def chat_verdicts(address: str, model: str | None, questions: list[tuple[str, str]],
+                  words: tuple[str, ...]) -> list[str | None]:
+    """The one of `words` in a served model's reply to each (system, user) pair; None if it has
+    none or several. model: None for the server's first.
+
+    Replies are cached as searches are, by (address, model, pair), so that a call after a failure
+    asks only what has no reply yet. Raises OutsideError."""
+    urls, cache = server_urls(address), AnswerCache(SEARCH_CACHE)
+    replicas, model = (Replicas(urls), model) if model else served_replicas(urls)
+
+    def ask(question: tuple[str, str]) -> str:
+        key = json.dumps(["chat", address, model, *question])
+        if kept := cache.get(key):
+            return kept[0]
+        messages = [{"role": role, "content": text}
+                    for role, text in zip(("system", "user"), question)]
+        body = {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": 16}
+        reply = call(replicas, read_reply, path="/chat/completions",
+                     retry_policy=RetryPolicy(timeout=120), json=body, **openai_key())
+        cache.put(key, [reply])
+        return reply
+
+    found = [set(re.findall("|".join(words), reply)) for reply in in_threads(ask, questions, 16)]
+    return [verdicts.pop() if len(verdicts) == 1 else None for verdicts in found]
+
+
+def read_reply(answer: dict[str, Any]) -> str:
+    """The text of a chat completion in lower case. Raises ValueError and the like: has none."""
+    return answer["choices"][0]["message"]["content"].lower()

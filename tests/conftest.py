@@ -60,6 +60,12 @@ def policy(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def no_kept_answers(monkeypatch, tmp_path):
+    """A judge's replies are cached for this test alone: servers of two tests may share a port."""
+    monkeypatch.setattr("plumbing.web.SEARCH_CACHE", tmp_path / "answers.sqlite")
+
+
+@pytest.fixture(autouse=True)
 def nothing_left_behind():
     """No test inherits another's signal handlers, engines, or Accelerate's state."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -346,6 +346,31 @@ def test_the_judge_overrules_the_rule_both_ways_and_may_say_nonsense(
     assert not any("<" in body["messages"][1]["content"] for body in server.asked())
 
 
+def test_a_judge_that_fails_is_asked_for_the_rest_alone(serve, jsonl, tmp_path):
+    """What was judged was paid for: the same command, given again, goes on."""
+    failing, asked = True, []
+
+    def judge(handler, body):
+        if "messages" not in body:
+            return handler.reply({"data": [{"id": "first"}]})
+        asked.append(text := body["messages"][1]["content"])
+        if "query 3" in text and failing:
+            return handler.reply({}, status=401)
+        verdict = "useful" if "proof" in text else "noisy"
+        return handler.reply({"choices": [{"message": {"content": verdict}}]})
+
+    records = [trajectory(f"query {i}", ["proof" if i % 2 else "hint", "x"]) for i in range(4)]
+    path, url = jsonl("p.jsonl", records), f"{serve(judge).url}/v1"
+    with pytest.raises(OutsideError):
+        label(tmp_path, path, top_k=2, judge=url)
+    failing, before = False, len(asked)
+    assert len(label(tmp_path, path, top_k=2, judge=url)) == 4
+    (again,) = asked[before:]
+    assert "query 3" in again
+    label(tmp_path, path, top_k=2, judge=url, judge_model="other")  # its verdicts may differ
+    assert len(asked) == before + 1 + 4
+
+
 class Cutting(FakeGenerator):
     """A reply that ends with "#" is one that was cut there, at max_tokens."""
 
