@@ -154,6 +154,19 @@ def test_a_stopped_driver_goes_on_where_it_was(paper, demo, tmp_path, monkeypatc
     assert len(run.calls) == 4  # nothing is missing
 
 
+def test_an_arm_is_estimated_by_the_demo_on_this_machine(paper, demo, tmp_path, monkeypatch):
+    """The kept runs, of any machine, say how much longer than the demo's an arm takes."""
+    monkeypatch.setattr(paper["run"], "peak_flops", lambda device: 1e3)
+    for name, seconds, tflops in (("zero-0", 10.0, 0.9), ("real-0", 60.0, 0.3)):
+        write_jsonl(tmp_path / name / "metrics.jsonl", [
+            {"time/step": seconds, "rate/update_tflops": tflops / 2, "rate/mfu": 0.5}] * 3)
+    real = paper["arms"].list_cells(["real"], [], tmp_path / "else")
+    own = 2 * paper["run"].step_work(tmp_path / "demo/policy") / 1e3 / 3600  # hours of two steps
+    assert own > 10
+    for out, times in ((tmp_path, 2), (tmp_path / "empty", 1)):
+        assert f"some {times * own:.1f} hours" in paper["run"].estimate(real, out, 2)
+
+
 def test_two_drivers_never_play_the_same_arm(paper, demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper["run"], "peak_flops", lambda device: 1e6)
     held = Lock(tmp_path / "runs/zero-0.lock")

@@ -156,20 +156,30 @@ def settings_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "config.json").read_text(encoding="utf-8").replace(f"{ROOT}/", ""))
 
 
+def step_work(run: Path) -> float | None:
+    """FLOPs that the machine of a training run could have done in one of its steps, the median; its
+    rate is that of a matrix product, measured as the run began. None: there is no such run."""
+    rows = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    work = [row["time/step"] * row["rate/update_tflops"] * 1e12 / row["rate/mfu"]
+            for row in rows if row.get("rate/mfu")]
+    return statistics.median(work) if work else None
+
+
 def estimate(left: list[Cell], out: Path, steps: int) -> str:
-    """A sentence on how long the training of these cells takes on this machine, from the demo's
-    metrics or those that are kept: their seconds, by the machines' rates of a matrix product."""
+    """A sentence on how long the training of these cells takes on this machine: as many times the
+    demo's own seconds, at today's rate, as the arm took of the demo's where both are kept.
+
+    (Rates alone mislead: at a seventh of the rate, without bfloat16, a step takes thrice as long.)
+    """
     rate = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    work: dict[str, float] = {}  # FLOPs of a step at a rate of 100 %
-    for path in [DEMO / "policy/metrics.jsonl", *sorted(out.glob("*/metrics.jsonl"))]:
-        rows = read_jsonl(path) if path.exists() else []
-        measured = [row["time/step"] * row["rate/update_tflops"] * 1e12 / row["rate/mfu"]
-                    for row in rows if row.get("rate/mfu")]
-        if measured:
-            work[path.parent.name.rpartition("-")[0]] = statistics.median(measured)
+    kept = {cell.arm.name: work for cell in list_cells([], [], out)
+            if (work := step_work(out / cell.name))}
+    demo = next(arm.name for arm in read_arms()[0].values() if not (arm.train or arm.method))
+    times = {name: work / kept[demo] for name, work in kept.items()} if demo in kept else {}
+    longest = max(times.values(), default=1.0)  # for an arm that nobody has run
     trained = [cell for cell in left if "train" in cell.missing() and not demo_run(cell)]
-    other = max(work.values(), default=0.0)
-    seconds = sum(steps * work.get(cell.arm.name, other) / rate for cell in trained)
+    seconds = steps * (step_work(DEMO / "policy") or 0.0) / rate * sum(
+        times.get(cell.arm.name, longest) for cell in trained)
     tests = sum(len(set(cell.missing()) - {"train"}) for cell in left)
     return (f"{len(left)} arms and seeds: {steps * len(trained)} optimisation steps, some "
             f"{seconds / 3600:.1f} hours at this machine's {rate / 1e12:.2f} TFLOP/s, and {tests} "
