@@ -99,14 +99,17 @@ def test_arms_and_claims_are_valid(paper, monkeypatch):
     assert f"--words {arms['prompted'].train['simulator_words']} " in demo
     for claim in table["claims"]:
         assert {claim["better"], claim["than"]} <= set(arms)
-        assert paper["page"].verdict(claim["rule"], 1, 2, 5.0) == "agrees"
+        assert paper["page"].verdict(claim["rule"], (1, 2), 5.0) == "agrees"
         assert all(paper["page"].published(path) > 0 for path in claim.get("paper", ()))
     assert len(table["exercises"]) == 10
     logged = "".join((ROOT / "plumbing" / name).read_text(encoding="utf-8")
-                     for name in ("metrics.py", "episodes.py", "rates.py")) + "eval/reward"
+                     for name in ("metrics.py", "episodes.py", "rates.py"))
+    logged += "eval/reward reward/f1 reward/em"  # f"reward/{name}" there
     for exercise in table["exercises"]:
         assert arms[exercise["arm"]].train
-        assert all(name in logged for name in re.findall(r"`(\w+/\w+)`", exercise["look"]))
+        assert all(name in logged or name == "runs/demo"
+                   for name in re.findall(r"`(\w+/\w+)", exercise["look"]))
+        assert exercise.get("beside", "direct") in arms
 
 
 @pytest.mark.parametrize(("name", "test", "engine"), [
@@ -144,7 +147,7 @@ def test_a_stopped_driver_goes_on_where_it_was(paper, demo, tmp_path, monkeypatc
     done = [[arguments[0].rpartition("/")[2], "--resume" in arguments] for arguments in run.calls]
     assert done == [["train_rl.py", False], ["evaluate.py", False], ["evaluate.py", True],
                     ["noisy.py", False]]
-    assert not (tmp_path / "runs/real-0").exists()
+    assert {path.name for path in out.iterdir()} == {"real-0"}
     kept = out / "real-0"
     assert len(read_lines(kept / "metrics.jsonl")) == 2
     for test in ("clean", "noisy"):
@@ -157,19 +160,20 @@ def test_a_stopped_driver_goes_on_where_it_was(paper, demo, tmp_path, monkeypatc
 def test_an_arm_is_estimated_by_the_demo_on_this_machine(paper, demo, tmp_path, monkeypatch):
     """The kept runs, of any machine, say how much longer than the demo's an arm takes."""
     monkeypatch.setattr(paper["run"], "peak_flops", lambda device: 1e3)
-    for name, seconds, tflops in (("zero-0", 10.0, 0.9), ("real-0", 60.0, 0.3)):
-        write_jsonl(tmp_path / name / "metrics.jsonl", [
-            {"time/step": seconds, "rate/update_tflops": tflops / 2, "rate/mfu": 0.5}] * 3)
-    real = paper["arms"].list_cells(["real"], [], tmp_path / "else")
+    monkeypatch.setattr(paper["run"], "HERE", tmp_path / "kept")
     own = 2 * paper["run"].step_work(tmp_path / "demo/policy") / 1e3 / 3600  # hours of two steps
     assert own > 10
-    for out, times in ((tmp_path, 2), (tmp_path / "empty", 1)):
-        assert f"some {times * own:.1f} hours" in paper["run"].estimate(real, out, 2)
+    real = paper["arms"].list_cells(["real"], [], tmp_path / "else")
+    assert f"some {own:.1f} hours" in paper["run"].estimate(real, 2)  # nothing is kept
+    for name, seconds, tflops in (("zero-0", 10.0, 0.9), ("real-0", 60.0, 0.3)):
+        write_jsonl(tmp_path / "kept" / name / "metrics.jsonl", [
+            {"time/step": seconds, "rate/update_tflops": tflops / 2, "rate/mfu": 0.5}] * 3)
+    assert f"some {2 * own:.1f} hours" in paper["run"].estimate(real, 2)
 
 
 def test_two_drivers_never_play_the_same_arm(paper, demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper["run"], "peak_flops", lambda device: 1e6)
-    held = Lock(tmp_path / "runs/zero-0.lock")
+    held = Lock(tmp_path / "out/zero-0.lock")
     command(paper["run"], "zero", "--out", tmp_path / "out")
     held.release()
     told = " ".join(capsys.readouterr().err.split())
@@ -180,6 +184,13 @@ def test_two_drivers_never_play_the_same_arm(paper, demo, tmp_path, capsys, monk
             "this machine's 0.00 TFLOP/s, and 4 tests") in told and work > 1e8
     assert "zero-0: " in told  # whose training the demo has done
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"zero-1"}
+
+
+def test_runs_for_oneself_leave_those_of_the_page_alone(paper, tmp_path):
+    for out, folder in ((FOLDER, tmp_path / "runs/zero-0"),
+                        (tmp_path / "mine", tmp_path / "mine/zero-0.work")):
+        (cell,) = paper["arms"].list_cells(["zero"], [0], out)
+        assert paper["run"].work_folder(cell) == folder
 
 
 def test_the_demos_run_is_the_arm_without_a_change(paper, demo, tmp_path):
@@ -232,43 +243,67 @@ def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
             {"step": i, "reward/mean": reward, "cost/searches": 30, "time/step": 10.0,
              "rate/update_tflops": 0.2 * i, "rate/mfu": 0.5 * i}  # in step 0 nothing was trained
             for i, reward in enumerate(rewards)])
-    pages = []
+    pages, names = [], ("README.md", "exercises.md", "curves.png")
     for _ in range(2):
         command(paper["page"], "--out", out)
-        pages.append([(out / name).read_bytes() for name in ("README.md", "curves.png")])
-        for name in ("README.md", "curves.png"):
+        pages.append([(out / name).read_bytes() for name in names])
+        for name in names:
             (out / name).unlink()
     assert pages[0] == pages[1]
     lines = pages[0][0].decode().splitlines()
     (better,) = [line for line in lines if line.startswith("| zero is better")]
     assert "34.47 and 33.17 (Table 5)" in better and "+80.0 (" in better and ", n 10 " in better
-    assert "| +80.0 | +90.0, +70.0 | higher | **agrees** (2 seeds) |" in better
+    assert "| +80.0 | +90.0, +70.0 (-47.1 to +207.1) | higher | **agrees** | can't tell |" in better
     (other,) = [line for line in lines if line.startswith("| zero is not worse")]
-    assert "| not run yet | - | - | not worse | - |" in other
+    assert "| not run yet | - | - | not worse | - | - |" in other
     assert "- zero is better: of seeds" in lines
     (arm,) = [line for line in lines if line.startswith("| zero |")]
-    # of two seeds: EM, the rewards of the first and the last step, 60 searches each at $275/30,000
-    assert "| 2 of 2 | 90.0 (" in arm and "| 0.30 → 0.90 | $1.10 |" in arm
-    (exercise,) = [line for line in lines if line.startswith("1. **Does it?** `.venv/bin/python")]
-    assert "real has not been run yet; zero: EM 90 with 1 hops, in 1.0 searches, reward/mean" in (
-        exercise) and "reward/mean 0.3 → 0.9" in exercise
+    # means of two seeds: EM, the first and the last step's rewards, 60 searches at $275/30,000
+    assert "| 2 of 2 | 90.0 (" in arm
+    assert "| 100.0, 80.0 | - | 1.00 | - | 0.30 → 0.90 | $0.55 |" in arm
+    assert any("zero itself lie up to 20.0 points apart" in line for line in lines)
+    lines_of = pages[0][1].decode().splitlines()
+    (exercise,) = [line for line in lines_of if line.startswith("1. **Does it?** `.venv/bin/pyth")]
+    assert ("real has not been run yet<br>zero, seeds 0, 1: EM 90 with 1 hops, in 1.0 searches, "
+            "reward/mean 0.3 → 0.9") in exercise
     assert any("abcdef1" in line and "0.40 to 0.40 TFLOP/s" in line for line in lines)
 
 
+def test_an_exercise_compares_runs_of_the_same_seeds(paper, tmp_path):
+    for cell, right in (("zero-0", 10), ("zero-1", 5), ("real-0", 7)):
+        keep(tmp_path, cell, range(right))
+    command(paper["page"], "--out", tmp_path)
+    said = (tmp_path / "exercises.md").read_text(encoding="utf-8")
+    assert "real, seed 0: EM 70 with 1 hops" in said and "zero, seed 0: EM 100 with" in said
+    assert "Our reading" not in said  # it is of other runs
+
+
+def test_the_page_says_whether_noise_makes_policies_ask_again(paper, tmp_path):
+    keep(tmp_path, "zero-0", range(10))
+    keep(tmp_path, "zero-0", range(5), test="noisy")
+    rows = read_lines(tmp_path / "zero-0/noisy.jsonl")
+    write_jsonl(tmp_path / "zero-0/noisy.jsonl", [rows[0] | {"searches": 2}, *rows[1:]])
+    command(paper["page"], "--out", tmp_path)
+    said = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "of 10 pairs of a question with the clean and with the noisy engine, 1 got more" in said
+    assert "reaches some 50 %" in said  # all are of one hop
+
+
 def test_a_run_that_was_halted_is_named(paper, jsonl):
-    cells = [SimpleNamespace(name=name, kept=lambda _, path=path: path) for name, path in (
+    even, held = [SimpleNamespace(name=name, kept=lambda _, path=path: path) for name, path in (
         ("even-0", jsonl("even.jsonl", [{"time/step": 60.0}, {"time/step": 200.0}] * 3)),
         ("held-0", jsonl("held.jsonl", [{"time/step": 60.0}] * 4 + [{"time/step": 1380.0}])))]
-    assert paper["page"].standstills(cells).endswith(" too high: held-0 (23 minutes).")
-    assert paper["page"].standstills(cells[:1]) == ""
+    assert paper["page"].standstills({"a": [even, held]}).endswith(" bills: held-0 (23 minutes).")
+    assert paper["page"].standstills({"a": [even]}) == ""
 
 
 @pytest.mark.parametrize(("rule", "interval", "said"), [
     ("higher", (0.1, 3), "agrees"), ("higher", (-3, -0.1), "disagrees"),
-    ("higher", (-1, 3), "can't tell"), ("not worse", (-4.9, -1), "agrees"),
+    ("higher", (-1, 3), "can't tell"), ("not worse", (-4.9, -1), "agrees, but lower"),
+    ("not worse", (-4.9, 1), "agrees"),
     ("not worse", (-9, -5.1), "disagrees"), ("not worse", (-9, 3), "can't tell")])
 def test_verdicts(paper, rule, interval, said):
-    assert paper["page"].verdict(rule, *interval, 5.0) == said
+    assert paper["page"].verdict(rule, interval, 5.0) == said
 
 
 def test_half_of_a_noisy_engines_results_are_of_deeper_ranks(paper):

@@ -1,12 +1,14 @@
-"""The page of the miniature: a row a claim, a row an arm, the curves.
+"""The page of the miniature: a row a claim, a row an arm, the curves; and the exercises.
 
-    python results/paper/page.py    # writes README.md and curves.png beside it, in seconds
+    .venv/bin/python results/paper/page.py    # README.md, exercises.md, curves.png; in seconds
 
-All comes from files in the results folder: metrics.jsonl, eval.jsonl and predictions of each arm.
+All comes from files: what run.py kept of each arm (config.json, metrics.jsonl, eval.jsonl,
+clean.jsonl, noisy.jsonl), arms.toml, data/paper.json and data/prices.toml.
 """
 
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -30,84 +32,99 @@ app = make_app(__doc__)
 PAPER = json.loads((ROOT / "data/paper.json").read_text(encoding="utf-8"))
 LABELS = {"table3_main": "Table 3", "table4_simulators": "Table 4", "table5_algorithms": "Table 5",
           "table6_curriculum": "Table 6", "table7_loss_masking": "Table 7"}
+# Student's t that 2.5 % of draws exceed, with 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+Arms = dict[str, list[Cell]]  # an arm's seeds by its name
 
 
 @app.command()
 def main(out: Out = HERE) -> None:
-    """Write README.md and curves.png from what is kept."""
+    """Write README.md, exercises.md and curves.png from what is kept."""
     _, table = read_arms()
-    by_arm: dict[str, list[Cell]] = {}
-    for cell in (everything := list_cells([], [], out)):
+    by_arm: Arms = {}
+    for cell in list_cells([], [], out):
         by_arm.setdefault(cell.arm.name, []).append(cell)
     out.mkdir(parents=True, exist_ok=True)
     draw_curves(by_arm, out / "curves.png")
-    parts = [
+    for name, parts in (("README.md", claims_page(table, by_arm, out)),
+                        ("exercises.md", exercises_page(table, by_arm, out))):
+        (out / name).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        console.print(f"written: {out / name}", soft_wrap=True)
+
+
+def claims_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
+    """The parts of README.md."""
+    arms, noisy = (os.path.relpath(HERE / name, out) for name in ("arms.toml", "noisy.py"))
+    return [
         "# The paper in miniature",
-        "Made by `python results/paper/page.py` from the files beside it, which `run.py` kept. "
-        "Arms, claims and rules stand in [arms.toml](arms.toml) and were fixed before the arms "
-        "ran; the demo's own runs (zerosearch, before-rl) were known by then. "
-        + machines(everything),
+        "The claims of the paper, run again on the demo's world with a model of 135M. "
+        "`.venv/bin/python results/paper/page.py` makes this page from files: what `run.py` kept "
+        f"of each run, and [arms.toml]({arms}), which has the arms, the claims and the "
+        "rules; its head says what was fixed before the arms ran, and what came later. "
+        f"{machines(by_arm)} **Students:** the [exercises](exercises.md) ask first and answer "
+        "afterwards.",
         "## Claims", claims_table(table, by_arm),
-        f"Differences are points of exact match (EM) on the same {table['questions']} questions of "
-        "the demo's world, with the real engine (BM25), greedy; of several seeds, a question's "
-        "scores are averaged first. Questions of one and two hops are near the ceiling: what "
-        "differs is nearly always three hops, a fifth of the questions. The 95 % interval covers "
-        'the choice of questions, not that of seeds: see "by seed"; with one seed, a verdict may '
-        "be luck, and twelve claims are tested without a correction for their number. Rule "
-        '"higher": agrees if the whole interval is above 0, disagrees if it is below, else can\'t '
-        f"tell. \"Not worse\": the same with {-table['margin']:g} in the place of 0; "
-        '"but lower": the whole interval is below 0 all the same. '
-        "The paper's figures are averages over seven benchmarks, without intervals (34.47: "
-        "Qwen-2.5-3B, REINFORCE); its differences in Tables 4 to 7 are smaller than our intervals.",
+        CLAIMS_NOTE.format(**table) + " " + yardstick(by_arm),
         "What a row does not show:", caveats(table),
         "## Arms", arms_table(by_arm),
-        "A trained arm is the demo's RL run with the change that is named, from the same warm "
-        "start. EM in percent with its 95 % interval: clean, and with noise: each document of a "
-        "search is, with a chance of one half, replaced by one of a deeper rank "
-        "([noisy.py](noisy.py)). Most facts stand in one document, so about half of the searches "
-        "miss; the next one is drawn anew, so asking again helps. Searches: a question of the "
-        "clean test. Training reward: the mean of the first and of the last fifth of the steps; "
-        "it falls where noise rises, and can't be compared between arms. SerpApi: what the "
-        "searches of training would cost there, of all seeds; search side: what answering them "
-        "cost, a part of the whole run; at the prices of data/prices.toml (`costs.py run`). BM25 "
-        "is local and almost free: a simulator is cheaper than an API, not than that. A bill is "
-        "cores times seconds, and other work on the machine lengthens them."
-        + standstills(everything),
+        ARMS_NOTE + standstills(by_arm),
+        f"EM noisy: each document of a search is, with a chance of one half, replaced by one of a "
+        f"deeper rank ([noisy.py]({noisy})). " + noisy_note(by_arm),
         "![Training reward and held-out reward of every arm](curves.png)",
         "Held-out questions are asked without noise and with the real engine, in every arm, "
         "`r1` too, which trains and is tested without one.",
-        "## Exercises",
-        "Each is one more run, from the root of the repository, after `make demo`: 10 to 20 "
-        "minutes on two cores at 0.9 TFLOP/s (`run.py` says first how long it takes on yours). "
-        "First write down what you expect. Then compare your `runs/mine/ARM-0` with the method "
-        "itself: `cp -r results/paper/zerosearch-0 runs/mine`, and `.venv/bin/python "
-        "results/paper/page.py --out runs/mine` writes this page about both, runs/mine/README.md. "
-        "`.venv/bin/python evaluate.py show runs/mine/ARM-0 --step 15` prints trajectories of the "
-        "last training step (of the method: `runs/demo/policy`). An answer is two figures and a "
-        "reason; how far one arm's seeds differ tells how large a difference must be.",
-        exercise_list(table, by_arm),
         "## What can't be tested at this size",
         "- Model sizes: the policy and the simulator are SmolLM2-135M.\n"
         "- Google: the real engine is BM25 over 3,129 passages, and misses little of what is "
         "asked for.\n- Seven benchmarks: all questions are of the demo's world.",
     ]
-    (out / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    console.print(f"written: {out / 'README.md'}")
 
 
-def machines(cells: list[Cell]) -> str:
+CLAIMS_NOTE = """\
+A difference is in points of exact match (EM) on the same {questions} questions of the demo's \
+world, with the real engine (BM25), greedy; of several seeds, a question's scores are averaged \
+first. Most differences are in three hops, a fifth of the questions; a policy that learns to plan \
+three searches can lose on two hops, which count twice as much.
+
+Rule "higher": agrees if the whole interval is above 0, disagrees if it is below, else can't tell \
+(the interval allows both). "Not worse": the same with -{margin:g} in the place of 0; "but lower": \
+within {margin:g} points, yet the whole interval is below 0. There are two intervals. The one over \
+questions covers the choice of questions, and gives the verdict in bold, as was fixed before the \
+arms ran. The one over seeds (Student's t) covers chance in training; it was added later. All \
+claims are tested without a correction for their number.
+
+The paper's figures are averages over seven benchmarks, without intervals; its code counts \
+substring matches, ours equality. Its 34.47 is Qwen-2.5-3B trained with REINFORCE and a tuned \
+simulator of 14B; our ZeroSearch is trained with GRPO. Its differences in Tables 3 (to Search-R1) \
+to 7 are of 1.0 to 1.9 points, less than the width of our intervals."""
+
+ARMS_NOTE = """\
+A trained arm is the demo's RL run with the change that is named, from the same warm start. EM in \
+percent with its 95 % interval over questions. An arm of one seed has seed 0: compare it with the \
+first figure of zerosearch under "by seed", not with the mean. Noise: the share of training \
+searches for which the simulator was asked for noisy documents. Training reward: the mean of the \
+first and of the last fifth of the steps; it falls as the noise rises, even when the policy \
+improves, and can't be compared between arms. Costs are of one run, the mean over seeds, at the \
+prices of data/prices.toml (`costs.py run`). SerpApi: what the searches of training would cost \
+there; search side: what answering them cost, a part of the whole run. A simulator is cheaper than \
+an API, but not than local BM25, which is almost free. A bill is cores times seconds, and other \
+work on the machine lengthens them. RA-Agent and Search-o1: the untuned model hardly searches with \
+these prompts; that says nothing of the methods."""
+
+
+def machines(by_arm: Arms) -> str:
     """Of which commits and machines the kept runs are."""
-    configs = [json.loads(path.read_text(encoding="utf-8")) for cell in cells
-               if (path := cell.kept("config.json")).exists()]
-    commits = sorted({str(config.get("commit"))[:7] for config in configs})
-    logs = [read_jsonl(path) for cell in cells if (path := cell.kept("metrics.jsonl")).exists()]
-    # A step in which nothing was trained has no rate.
-    rates = [row["rate/update_tflops"] / row["rate/mfu"] for log in logs
-             for row in [row for row in log if row["rate/mfu"]][:1]]
-    if not rates:
+    runs = [cell.kept("metrics.jsonl") for cells in by_arm.values() for cell in cells
+            if cell.kept("metrics.jsonl").exists()]
+    if not runs:
         return "No arm has been trained yet."
-    return (f"Trained at {', '.join(commits)}, on machines whose large matrix product runs at "
-            f"{min(rates):.2f} to {max(rates):.2f} TFLOP/s.")
+    commits = {str(json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+                   .get("commit"))[:7] for path in runs}
+    rates = [row["rate/update_tflops"] / row["rate/mfu"] for path in runs
+             for row in read_jsonl(path) if row["rate/mfu"]]  # else nothing was trained
+    return (f"Trained at {', '.join(sorted(commits))}, on machines whose large matrix product runs "
+            f"at {min(rates):.2f} to {max(rates):.2f} TFLOP/s.")
 
 
 # ---------------------------------------------------------------- claims
@@ -128,18 +145,30 @@ def scores_of(cells: list[Cell], test: str) -> dict[int, dict[str, float]]:
 def difference(better: list[Cell], than: list[Cell], test: str) -> dict[str, Any] | None:
     """`better` minus `than`, paired by question: over the seeds that both have; an arm that was
     not trained is the same for every seed. None where an arm has no result."""
-    a, b = scores_of(than, test), scores_of(better, test)
-    if not (a and b):
+    ours, theirs = scores_of(better, test), scores_of(than, test)
+    if not (ours and theirs):
         return None
     if than[0].arm.method:
-        a = dict.fromkeys(b, a[0])
-    seeds = sorted(a.keys() & b.keys())
-    questions = sorted(set.intersection(*(set(of[seed]) for of in (a, b) for seed in seeds)))
-    of_a, of_b = (np.array([[of[seed][q] for q in questions] for seed in seeds]) for of in (a, b))
-    low, high = paired_interval(of_a.mean(0), of_b.mean(0))
-    return {"n": len(questions), "difference": float((of_b - of_a).mean()), "low": low,
-            "high": high, "by_seed": (of_b - of_a).mean(1).tolist(),
-            "by_hops": hops_means((of_b - of_a).mean(0), questions, better, test)}
+        theirs = dict.fromkeys(ours, theirs[0])
+    seeds = sorted(ours.keys() & theirs.keys())
+    questions = sorted(set.intersection(
+        *(set(arm[seed]) for arm in (ours, theirs) for seed in seeds)))
+    a, b = (np.array([[arm[seed][question] for question in questions] for seed in seeds])
+            for arm in (theirs, ours))
+    low, high = paired_interval(a.mean(0), b.mean(0))
+    by_seed = (b - a).mean(1).tolist()
+    return {"n": len(questions), "difference": float((b - a).mean()), "low": low, "high": high,
+            "by_seed": by_seed, "over_seeds": seeds_interval(by_seed),
+            "by_hops": hops_means((b - a).mean(0), questions, better, test)}
+
+
+def seeds_interval(values: list[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean of the seeds' values. None for a single seed."""
+    if len(values) < 2:
+        return None
+    half = (STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * statistics.stdev(values)
+            / math.sqrt(len(values)))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def hops_means(values: np.ndarray, questions: list[str], cells: list[Cell],
@@ -150,10 +179,11 @@ def hops_means(values: np.ndarray, questions: list[str], cells: list[Cell],
     return [float(values[of == n].mean()) for n in np.unique(of)]
 
 
-def verdict(rule: str, low: float, high: float, margin: float) -> str:
+def verdict(rule: str, interval: tuple[float, float], margin: float) -> str:
     """What the interval of a difference says of a claim, by the rule fixed beforehand."""
-    bound = {"higher": 0.0, "not worse": -margin}[rule]
-    return "agrees" if low > bound else "disagrees" if high < bound else "can't tell"
+    (low, high), bound = interval, {"higher": 0.0, "not worse": -margin}[rule]
+    found = "agrees" if low > bound else "disagrees" if high < bound else "can't tell"
+    return f"{found}, but lower" if rule == "not worse" and bound < low and high < 0 else found
 
 
 def published(path: str) -> float:
@@ -164,28 +194,43 @@ def published(path: str) -> float:
     return value
 
 
-def claims_table(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
-    rows = []
-    for claim in table["claims"]:
-        theirs = "-"
-        if paths := claim.get("paper"):
-            a, b = map(published, paths)
-            theirs = f"{a} and {b} ({LABELS[paths[0].split('/')[0]]})"
-        test = claim.get("test", "clean")
-        found = difference(by_arm[claim["better"]], by_arm[claim["than"]], test)
-        ours, hops, seeds, judged = "not run yet", "-", "-", "-"
-        if found:
-            ours = (f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f}), "
-                    f"n {found['n']}{', noisy engine' * (test == 'noisy')}")
-            hops, seeds = (", ".join(f"{value:+.1f}" for value in found[key])
-                           for key in ("by_hops", "by_seed"))
-            judged = f"**{verdict(claim['rule'], found['low'], found['high'], table['margin'])}**"
-            judged += ", but lower" * (claim["rule"] == "not worse" and found["high"] < 0)
-            judged += f" ({len(found['by_seed'])} seed{'s' * (len(found['by_seed']) > 1)})"
-        rows.append([claim["says"], theirs, ours, hops, seeds, claim["rule"], judged])
-    header = ["claim", "the paper's average EM, %", "here: difference (95 %)", "by hops", "by seed",
-              "rule", "verdict"]
-    return markdown_table(header, rows, text_columns=7)
+def claims_table(table: dict[str, Any], by_arm: Arms) -> str:
+    header = ["claim", "the paper's average, %", "here: difference (95 %)", "by 1, 2, 3 hops",
+              "by seed (95 % over seeds)", "rule", "verdict", "over seeds"]
+    rows = [claim_row(claim, by_arm, table["margin"]) for claim in table["claims"]]
+    return markdown_table(header, rows, text_columns=len(header))
+
+
+def claim_row(claim: dict[str, Any], by_arm: Arms, margin: float) -> list[str]:
+    theirs = "-"
+    if paths := claim.get("paper"):
+        a, b = map(published, paths)
+        theirs = f"{a} and {b} ({LABELS[paths[0].split('/')[0]]})"
+    test, rule = claim.get("test", "clean"), claim["rule"]
+    found = difference(by_arm[claim["better"]], by_arm[claim["than"]], test)
+    if not found:
+        return [claim["says"], theirs, "not run yet", "-", "-", rule, "-", "-"]
+    engine = ", noisy engine" if test == "noisy" else ""
+    ours = (f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f}), "
+            f"n {found['n']}{engine}")
+    hops, seeds = (", ".join(f"{value:+.1f}" for value in found[key])
+                   for key in ("by_hops", "by_seed"))
+    over_seeds = "one seed"
+    if interval := found["over_seeds"]:
+        seeds += f" ({interval[0]:+.1f} to {interval[1]:+.1f})"
+        over_seeds = verdict(rule, interval, margin)
+    judged = verdict(rule, (found["low"], found["high"]), margin)
+    return [claim["says"], theirs, ours, hops, seeds, rule, f"**{judged}**", over_seeds]
+
+
+def yardstick(by_arm: Arms) -> str:
+    """How far two seeds of the first arm, the method itself, lie apart."""
+    cells = next(iter(by_arm.values()))
+    means = [statistics.fmean(scores.values()) for scores in scores_of(cells, "clean").values()]
+    if len(means) < 2:
+        return ""
+    return (f"A yardstick for rows of one seed: two seeds of {cells[0].arm.name} itself lie up to "
+            f"{max(means) - min(means):.1f} points apart.")
 
 
 def caveats(table: dict[str, Any]) -> str:
@@ -196,59 +241,97 @@ def caveats(table: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- exercises
 
 
-def exercise_list(table: dict[str, Any], by_arm: dict[str, list[Cell]]) -> str:
-    """An exercise compares an arm with the first one, the method itself."""
-    lines, method = [], next(iter(by_arm.values()))
-    for number, row in enumerate(table["exercises"], 1):
-        names = re.findall(r"`(\w+/\w+)`", row["look"])
-        shown = "; ".join(one_line(cells) + courses(cells, names)
-                          for cells in (by_arm[row["arm"]], method))
-        our_reading = f" Our reading of the kept runs: {row['reading']}" if "reading" in row else ""
-        lines.append(
-            f"{number}. **{row['asks']}** `.venv/bin/python results/paper/run.py {row['arm']} "
-            f"--seeds 0 --out runs/mine`<br>Compare: {row['look']}"
-            f"<details><summary>What the runs show</summary>{shown}.{our_reading}</details>")
-    return "\n".join(lines)
+def exercises_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
+    """The parts of exercises.md. An exercise compares an arm with the first one, the method."""
+    return ["# Exercises", EXERCISES_NOTE,
+            "\n".join(f"{number}. {exercise(row, by_arm, readings=out.resolve() == HERE)}"
+                      for number, row in enumerate(table["exercises"], 1))]
 
 
-def one_line(cells: list[Cell]) -> str:
+EXERCISES_NOTE = """\
+Each is one more run, from the root of the repository, after `make demo`: 7 to 20 minutes on two \
+cores at 0.9 TFLOP/s (`run.py` says first how long the training takes on yours). What every arm is \
+compared with, your demo's own policy and warm start, is tested once, in minutes:
+
+```bash
+.venv/bin/python results/paper/run.py zerosearch before-rl --seeds 0 --out runs/mine
+```
+
+(Not with the runs that are kept here: on another kind of CPU your simulator and your warm start \
+have other digits than ours.) Write down what you expect, before you look at [the claims]\
+(README.md). Then run the arm; `.venv/bin/python results/paper/page.py --out runs/mine` writes \
+these pages about your runs. `.venv/bin/python evaluate.py show runs/mine/ARM-0 --step 15 --limit \
+64` prints the trajectories of the last training step, and each run's folder has metrics.jsonl and \
+eval.jsonl. An answer is two figures and a reason; how far the seeds of zerosearch differ (see the \
+claims) tells how large a difference must be."""
+
+
+def exercise(row: dict[str, str], by_arm: Arms, readings: bool) -> str:
+    """A question, its command, what to compare, and what the runs show: of seeds that the arm and
+    the method share. readings: with our reading, which is of the runs that are kept here."""
+    arm, method = by_arm[row["arm"]], next(iter(by_arm.values()))
+    seeds = {cell.seed for cell in arm if cell.kept("clean.jsonl").exists()}
+    shared = [cell for cell in method if cell.seed in seeds] or method
+    beside = by_arm[row["beside"]] if "beside" in row else []
+    names = re.findall(r"`(\w+(?:/\w+)+)`", row["look"])
+    shown = "<br>".join(tests_line(cells) + courses(cells, names)
+                        for cells in (arm, beside, shared) if cells)
+    if readings and "reading" in row:
+        shown += f"<br>Our reading: {row['reading']}"
+    names = " ".join(name for name in (row["arm"], row.get("beside")) if name)
+    return (f"**{row['asks']}** `.venv/bin/python results/paper/run.py {names} --seeds 0 --out "
+            f"runs/mine`<br>Compare: {row['look']}"
+            f"<details><summary>What the runs show</summary>{shown}</details>")
+
+
+def tests_line(cells: list[Cell]) -> str:
     """What the tests of an arm's kept runs show: EM and searches by number of hops."""
-    arm, tests = cells[0].arm, [tested_rows(cells, test) for test in ("clean", "noisy")]
-    if not tests[0]:
+    arm, (clean, noisy) = cells[0].arm, (tested_rows(cells, test) for test in ("clean", "noisy"))
+    if not clean:
         return f"{arm.name} has not been run yet"
-    hops = sorted({row["hops"] for row in tests[0]})
-    em, searches = ([
-        evaluate.summarize(evaluate.question_scores(
-            [row for row in tests[0] if row["hops"] == n], evaluate.COUNTS).values())[name]["mean"]
-        for n in hops] for name in ("em", "searches"))
-    said = (f"{arm.name}: EM {', '.join(f'{value:.0f}' for value in em)} with "
-            f"{', '.join(map(str, hops))} hops, in {', '.join(f'{n:.1f}' for n in searches)} "
-            "searches")
-    if tests[1]:
-        noisy = evaluate.summarize(evaluate.question_scores(tests[1]).values())["em"]["mean"]
-        said += f", {noisy:.0f} with the noisy engine"
-    return said
+    hops = sorted({row["hops"] for row in clean})
+    em, searches = ([mean_score([row for row in clean if row["hops"] == n], name) for n in hops]
+                    for name in ("em", "searches"))
+    seeds = sorted({row["sample"] for row in clean})
+    said = (f"{arm.name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}: EM "
+            f"{', '.join(f'{value:.0f}' for value in em)} with {', '.join(map(str, hops))} hops, "
+            f"in {', '.join(f'{n:.1f}' for n in searches)} searches")
+    return said + (f", {mean_score(noisy, 'em'):.0f} with the noisy engine" if noisy else "")
+
+
+def mean_score(rows: list[dict[str, Any]], name: str) -> float:
+    return evaluate.summarize(evaluate.question_scores(rows, evaluate.COUNTS).values())[name][
+        "mean"]
 
 
 def courses(cells: list[Cell], names: list[str]) -> str:
-    """How metrics went in training: means of the first and of the last fifth of the steps."""
+    """How metrics went in training: of the held-out questions each time, of a step's episodes the
+    mean of the first and of the last fifth of the steps."""
     said = ""
     for name in names:
-        log = "eval.jsonl" if name.startswith("eval/") else "metrics.jsonl"
-        if ends := first_and_last(cells, log, name):
-            start, end = (f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in ends)
-            said += f", {name} {start} → {end}"
+        if name.startswith("eval/"):
+            columns = kept_columns(cells, "eval.jsonl", name)
+            values = [statistics.fmean(times) for times in zip(*columns)]
+        else:
+            values = first_and_last(kept_columns(cells, "metrics.jsonl", name))
+        if values:
+            said += f", {name} " + " → ".join(
+                f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in values)
     return said
 
 
-def first_and_last(cells: list[Cell], log: str, name: str) -> tuple[float, float] | None:
-    """A metric's means over the first and over the last fifth of a log's lines, over the seeds
-    whose log has it."""
+def kept_columns(cells: list[Cell], log: str, name: str) -> list[list[float]]:
+    """A metric over the steps, of each seed whose log has it."""
     columns = [[row[name] for row in read_jsonl(path) if name in row] for cell in cells
                if (path := cell.kept(log)).exists()]
-    ends = [(statistics.fmean(column[:fifth]), statistics.fmean(column[-fifth:]))
-            for column in columns if column for fifth in [max(1, len(column) // 5)]]
-    return tuple(map(statistics.fmean, zip(*ends))) if ends else None
+    return [column for column in columns if column]
+
+
+def first_and_last(columns: list[list[float]]) -> list[float]:
+    """Means over the first and over the last fifth of each column, and over the columns."""
+    fifths = [(column, max(1, len(column) // 5)) for column in columns]
+    ends = [(statistics.fmean(column[:n]), statistics.fmean(column[-n:])) for column, n in fifths]
+    return [statistics.fmean(values) for values in zip(*ends)]
 
 
 # ---------------------------------------------------------------- arms
@@ -261,49 +344,76 @@ def tested_rows(cells: list[Cell], test: str) -> list[dict[str, Any]]:
             for row in read_jsonl(path) if row["end"] != "failed"]
 
 
-def arms_table(by_arm: dict[str, list[Cell]]) -> str:
-    header = ["arm", "what it is", "seeds", "EM clean", "EM noisy", "searches a question",
-              "training reward", "SerpApi", "search side", "whole run"]
+def arms_table(by_arm: Arms) -> str:
+    header = ["arm", "what it is", "seeds", "EM clean", "by seed", "EM noisy",
+              "searches per question", "noise, %", "training reward", "SerpApi", "search side",
+              "whole run"]
     return markdown_table(header, [arm_row(cells) for cells in by_arm.values()], text_columns=2)
 
 
-def standstills(cells: list[Cell]) -> str:
-    """A sentence on the runs that were halted within a step: their bills are too high."""
+def noisy_note(by_arm: Arms) -> str:
+    """A sentence on what the noisy test can show: do policies ask again, and what if they don't?"""
+    more, pairs, hops = 0, 0, {}
+    for cells in by_arm.values():
+        noisy = {(row["sample"], row["id"]): row for row in tested_rows(cells, "noisy")}
+        for row in tested_rows(cells, "clean"):
+            if other := noisy.get((row["sample"], row["id"])):
+                pairs, more = pairs + 1, more + (other["searches"] > row["searches"])
+                hops[row["id"]] = row["hops"]
+    if not pairs:
+        return ""
+    reached = 100 * statistics.fmean(0.5**n for n in hops.values())
+    return (f"Most facts stand in one document, so about half of the searches miss. Asking again "
+            f"would help, for the next search is drawn anew; but of {pairs:,} pairs of a question "
+            f"with the clean and with the noisy engine, {more} got more searches with the second. "
+            f"A policy that makes the right searches, each once, reaches some {reached:.0f} % (a "
+            "half of the questions of one hop, a quarter of two, an eighth of three), and this is "
+            "about the most to be seen in this column.")
+
+
+def standstills(by_arm: Arms) -> str:
+    """A sentence on the runs that were paused within a step: their bills are too high."""
     found = []
-    for cell in cells:
+    for cell in [cell for cells in by_arm.values() for cell in cells]:
         path = cell.kept("metrics.jsonl")
         seconds = [row["time/step"] for row in read_jsonl(path)] if path.exists() else []
         if seconds and max(seconds) > 10 * statistics.median(seconds):
             found.append(f"{cell.name} ({max(seconds) / 60:.0f} minutes)")
-    return f" Halted within a step, so that their bills are too high: {', '.join(found)}." * bool(
-        found)
+    if not found:
+        return ""
+    return f" These runs were paused during a step, which inflates their bills: {', '.join(found)}."
 
 
 def arm_row(cells: list[Cell]) -> list[str]:
-    """An arm: means over its seeds, and the bill of all of them."""
-    arm, tested = cells[0].arm, {}
-    for test in ("clean", "noisy"):
+    """An arm: means over its seeds, and the bill of one run."""
+    arm, em, searches, by_seed = cells[0].arm, {"clean": "-", "noisy": "-"}, "-", "-"
+    for test in em:
         if rows := tested_rows(cells, test):
-            questions = evaluate.question_scores(rows, evaluate.COUNTS)
-            tested[test] = evaluate.summarize(questions.values())
-    em = [with_interval(tested[test]["em"]) if test in tested else "-"
-          for test in ("clean", "noisy")]
-    searches = f"{tested['clean']['searches']['mean']:.2f}" if "clean" in tested else "-"
+            em[test] = with_interval(evaluate.summarize(
+                evaluate.question_scores(rows).values())["em"])
+    if rows := tested_rows(cells, "clean"):
+        searches = f"{mean_score(rows, 'searches'):.2f}"
+    if len(cells) > 1:
+        by_seed = ", ".join(f"{statistics.fmean(scores.values()):.1f}"
+                            for scores in scores_of(cells, "clean").values()) or "-"
     runs = [cell.kept("metrics.jsonl").parent for cell in cells
             if cell.kept("metrics.jsonl").exists()]
-    reward, bill = "-", ["-", "-", "-"]
+    noise, reward, bill = "-", "-", ["-", "-", "-"]
     if runs:
-        ends = first_and_last(cells, "metrics.jsonl", "reward/mean")
+        ends = first_and_last(kept_columns(cells, "metrics.jsonl", "reward/mean"))
         reward = " → ".join(f"{value:.2f}" for value in ends)
+        if shares := kept_columns(cells, "metrics.jsonl", "search/noisy"):
+            noise = f"{100 * statistics.fmean(map(statistics.fmean, shares)):.1f}"
         bills = [costs.run_cost(run) for run in runs]
-        bill = [costs.dollars(math.fsum(values)) for values in zip(*(
+        bill = [costs.dollars(statistics.fmean(values)) for values in zip(*(
             (cost["api_usd"][costs.PAPER_API], cost["bill"]["search_side"],
              cost["bill"]["whole_run"]) for cost in bills))]
     seeds = f"{len(runs)} of {len(cells)}" if not arm.method else "-"
-    return [arm.name, arm.title, seeds, *em, searches, reward, *bill]
+    return [arm.name, arm.title, seeds, em["clean"], by_seed, em["noisy"], searches, noise, reward,
+            *bill]
 
 
-def draw_curves(by_arm: dict[str, list[Cell]], path: Path) -> None:
+def draw_curves(by_arm: Arms, path: Path) -> None:
     """A small panel an arm: each seed's training reward (line) and held-out reward (dots)."""
     runs = {name: folders for name, cells in by_arm.items()
             if (folders := [cell.kept("metrics.jsonl").parent for cell in cells

@@ -1,17 +1,18 @@
 """The paper in miniature: train and test every arm of arms.toml; page.py makes the page of it.
 
 \b
-    python results/paper/run.py                     # what is missing; hours
-    python results/paper/run.py r1 --seeds 0        # one arm
-    python results/paper/run.py r1 --out runs/mine  # again, for yourself
-    python results/paper/page.py                    # README.md beside this file, in seconds
+    PY=.venv/bin/python
+    $PY results/paper/run.py                     # what is missing; hours
+    $PY results/paper/run.py r1 --seeds 0        # one arm
+    $PY results/paper/run.py r1 --out runs/mine  # again, for yourself
+    $PY results/paper/page.py                    # the pages beside this file, in seconds
 
 `make demo` comes first: all arms start from its simulator and its warm start, with the settings of
 its RL run, which is itself the arm without a change (as are the runs of `results/demo/run.sh
-seeds`, if they are there). This script calls the chapters' own commands
-in runs/paper/ARM-SEED and copies what the page needs into OUT/ARM-SEED, each file when its stage is
-done; so a killed driver goes on, and several drivers share the arms: each takes one that nobody
-else holds.
+seeds`, if they are there). This script calls the chapters' own commands in a work folder
+(runs/paper/ARM-SEED, or OUT/ARM-SEED.work) and copies what the page needs into OUT/ARM-SEED, each
+file when its stage is done; so a killed driver goes on, and several drivers share the arms: each
+takes one that nobody else holds.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ def train_command(arm: Arm, seed: int, out: Path, demo: dict[str, Any]) -> list[
              if f.name in values}
     for name in rl.TrainSettings(**typed).unused():
         typed.pop(name, None)
-    return ["train_rl.py", "train", *as_options(typed), *["--resume"] * begun(out)]
+    return ["train_rl.py", "train", *as_options(typed), *resume(out)]
 
 
 def as_options(values: dict[str, Any]) -> list[str]:
@@ -99,11 +100,12 @@ def test_command(arm: Arm, test: str, model: str, out: Path, demo: dict[str, Any
     questions = read_arms()[1]["questions"]
     return [*TESTS[test], "--method", arm.method or "agent", "--model", model, "--benchmark",
             "world", "--engine", engine, "--limit", str(questions), *limits, "--out", str(out),
-            *["--resume"] * begun(out)]
+            *resume(out)]
 
 
-def begun(out: Path) -> bool:
-    return (out / "config.json").exists()
+def resume(out: Path) -> list[str]:
+    """The option that goes on with a run, if there is one."""
+    return ["--resume"] if (out / "config.json").exists() else []
 
 
 def call(command: list[str]) -> None:
@@ -119,9 +121,15 @@ def call(command: list[str]) -> None:
 # ---------------------------------------------------------------- run
 
 
+def work_folder(cell: Cell) -> Path:
+    """Where an arm is trained and tested, until its results are kept."""
+    out = cell.out.resolve()
+    return RUNS / cell.name if out == HERE else out / f"{cell.name}.work"
+
+
 def play(cell: Cell) -> None:
     """Do what is missing of an arm, and keep its results."""
-    demo, folder = demo_settings(), RUNS / cell.name
+    demo, folder = demo_settings(), work_folder(cell)
     policy = demo_run(cell) or folder / "policy"
     model = cell.arm.model if cell.arm.method else str(policy / "model")
     for stage in cell.missing():
@@ -165,18 +173,21 @@ def step_work(run: Path) -> float | None:
     return statistics.median(work) if work else None
 
 
-def estimate(left: list[Cell], out: Path, steps: int) -> str:
+def estimate(left: list[Cell], steps: int) -> str:
     """A sentence on how long the training of these cells takes on this machine: as many times the
     demo's own seconds, at today's rate, as the arm took of the demo's where both are kept.
 
     (Rates alone mislead: at a seventh of the rate, without bfloat16, a step takes thrice as long.)
     """
     rate = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    kept = {cell.arm.name: work for cell in list_cells([], [], out)
-            if (work := step_work(out / cell.name))}
+    kept: dict[str, list[float]] = {}
+    for cell in list_cells([], [], HERE):
+        if work := step_work(HERE / cell.name):
+            kept.setdefault(cell.arm.name, []).append(work)
     demo = next(arm.name for arm in read_arms()[0].values() if not (arm.train or arm.method))
-    times = {name: work / kept[demo] for name, work in kept.items()} if demo in kept else {}
-    longest = max(times.values(), default=1.0)  # for an arm that nobody has run
+    times = {name: statistics.median(work) / statistics.median(kept[demo])
+             for name, work in kept.items() if demo in kept}
+    longest = max([1.0, *times.values()])  # for an arm that nobody has run
     trained = [cell for cell in left if "train" in cell.missing() and not demo_run(cell)]
     seconds = steps * (step_work(DEMO / "policy") or 0.0) / rate * sum(
         times.get(cell.arm.name, longest) for cell in trained)
@@ -196,10 +207,10 @@ def run(
     left = [cell for cell in list_cells(arms or [], list(seeds), out) if cell.missing()]
     if not left:
         return console.print("nothing is missing")
-    console.print(estimate(left, out, demo_settings()["steps"]), soft_wrap=True)
+    console.print(estimate(left, demo_settings()["steps"]), soft_wrap=True)
     for cell in left:
         try:
-            lock = Lock(RUNS / f"{cell.name}.lock")
+            lock = Lock(work_folder(cell).with_suffix(".lock"))
         except UserError as error:  # another driver is at it
             console.print(f"{cell.name}: {error}", style="yellow", markup=False, soft_wrap=True)
             continue
