@@ -28,6 +28,8 @@ def episode_text(record: Record) -> str:
         if turn.get("documents"):
             lines += ["  noisy documents:"] * (turn.get("quality") == "noisy")
             lines += numbered(turn["documents"])
+        elif turn.get("query"):
+            lines.append("  no documents")
     answer = record.get("answer")
     given = "no answer" if answer is None else f"answered {' '.join(readable(answer))!r}"
     verdict = "right" if is_right(record) else "wrong"

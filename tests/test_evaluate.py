@@ -734,6 +734,9 @@ def test_show_prints_the_episodes_that_are_asked_for(jsonl, capsys, tmp_path):
     assert re.findall(r"=> (.*):", before) == ["answered 'Lima': right (golden answer",
                                                "no answer: wrong (golden answer"]
     assert "answered 'Oslo': wrong" in after and "answered 'Lima': right" in after
+    empty = SEARCHED["turns"][0] | {"documents": []}
+    found_nothing = jsonl("empty.jsonl", [SEARCHED | {"turns": [empty]}])
+    assert "</search>\n  no documents\n=> " in shown(found_nothing)
     with pytest.raises(UserError, match="no episode to show"):
         shown(tmp_path / "run", "--id", "q1")
 

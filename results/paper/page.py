@@ -55,6 +55,7 @@ def main(out: Out = HERE) -> None:
 
 def claims_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
     """The parts of README.md."""
+    ours = out.resolve() == HERE
     arms, noisy = (os.path.relpath(HERE / name, out) for name in ("arms.toml", "noisy.py"))
     return [
         "# The paper in miniature",
@@ -66,18 +67,19 @@ def claims_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
         "afterwards.",
         "## Claims", claims_table(table, by_arm),
         CLAIMS_NOTE.format(**table) + " " + yardstick(by_arm),
-        "What a row does not show:", caveats(table),
+        "What a row does not show:", caveats(table, ours),
         "## Arms", arms_table(by_arm),
-        ARMS_NOTE + standstills(by_arm),
+        ARMS_NOTE + standstills(by_arm) + SEEN_NOTE * ours,
         f"EM noisy: each document of a search is, with a chance of one half, replaced by one of a "
         f"deeper rank ([noisy.py]({noisy})). " + noisy_note(by_arm),
         "![Training reward and held-out reward of every arm](curves.png)",
-        "Held-out questions are asked without noise and with the real engine, in every arm, "
-        "`r1` too, which trains and is tested without one.",
+        "Held-out questions are asked without noise and with the real engine, in every arm; also "
+        "in `r1`, although it trains and is tested without a search engine.",
         "## What can't be tested at this size",
         "- Model sizes: the policy and the simulator are SmolLM2-135M.\n"
         "- Google: the real engine is BM25 over 3,129 passages, and misses little of what is "
-        "asked for.\n- Seven benchmarks: all questions are of the demo's world.",
+        "asked for.\n- Seven benchmarks: all questions are of the demo's world.\n"
+        "- Other starts: one warm start and one simulator serve all arms and seeds.",
     ]
 
 
@@ -91,26 +93,31 @@ Rule "higher": agrees if the whole interval is above 0, disagrees if it is below
 (the interval allows both). "Not worse": the same with -{margin:g} in the place of 0; "but lower": \
 within {margin:g} points, yet the whole interval is below 0. There are two intervals. The one over \
 questions covers the choice of questions, and gives the verdict in bold, as was fixed before the \
-arms ran. The one over seeds (Student's t) covers chance in training; it was added later. All \
-claims are tested without a correction for their number.
+arms ran (rows 1, 4 and 5 restate results of the demo that were known by then). The one over seeds \
+(Student's t) covers chance in RL alone: warm start, simulator and questions are the same for all \
+seeds. It was added later. All claims are tested without a correction for their number.
 
-The paper's figures are averages over seven benchmarks, without intervals; its code counts \
-substring matches, ours equality. Its 34.47 is Qwen-2.5-3B trained with REINFORCE and a tuned \
-simulator of 14B; our ZeroSearch is trained with GRPO. Its differences in Tables 3 (to Search-R1) \
-to 7 are of 1.0 to 1.9 points, less than the width of our intervals."""
+The paper's figures are averages over seven benchmarks, without intervals; its code accepts an \
+answer that contains the golden one, ours must equal it. Its 34.47 is Qwen-2.5-3B trained with \
+REINFORCE and a tuned simulator of 14B; our ZeroSearch is trained with GRPO. Its differences in \
+Tables 3 (to Search-R1) to 7 are of 1.0 to 1.9 points, less than the width of our intervals."""
 
 ARMS_NOTE = """\
 A trained arm is the demo's RL run with the change that is named, from the same warm start. EM in \
 percent with its 95 % interval over questions. An arm of one seed has seed 0: compare it with the \
 first figure of zerosearch under "by seed", not with the mean. Noise: the share of training \
 searches for which the simulator was asked for noisy documents. Training reward: the mean of the \
-first and of the last fifth of the steps; it falls as the noise rises, even when the policy \
-improves, and can't be compared between arms. Costs are of one run, the mean over seeds, at the \
-prices of data/prices.toml (`costs.py run`). SerpApi: what the searches of training would cost \
-there; search side: what answering them cost, a part of the whole run. A simulator is cheaper than \
-an API, but not than local BM25, which is almost free. A bill is cores times seconds, and other \
-work on the machine lengthens them. RA-Agent and Search-o1: the untuned model hardly searches with \
-these prompts; that says nothing of the methods."""
+first and of the last fifth of the steps. It depends on the questions that a step draws and on \
+the noise, so it does not measure progress; held-out reward does. Costs are of one run, the mean \
+over seeds, at the prices of data/prices.toml (`costs.py run`). SerpApi: what the searches of \
+training would cost there; search side: what answering them cost, a part of the whole run. A \
+simulator is cheaper than an API, but not than local BM25, which is almost free. A bill is cores \
+times seconds, and other work on the machine lengthens them."""
+
+
+SEEN_NOTE = """ \
+RA-Agent and Search-o1: the untuned model hardly searches with these prompts; that says nothing of \
+the methods."""
 
 
 def machines(by_arm: Arms) -> str:
@@ -123,8 +130,8 @@ def machines(by_arm: Arms) -> str:
                    .get("commit"))[:7] for path in runs}
     rates = [row["rate/update_tflops"] / row["rate/mfu"] for path in runs
              for row in read_jsonl(path) if row["rate/mfu"]]  # else nothing was trained
-    return (f"Trained at {', '.join(sorted(commits))}, on machines whose large matrix product runs "
-            f"at {min(rates):.2f} to {max(rates):.2f} TFLOP/s.")
+    return (f"Trained at commits {', '.join(sorted(commits))}, on machines whose large matrix "
+            f"product runs at {min(rates):.2f} to {max(rates):.2f} TFLOP/s.")
 
 
 # ---------------------------------------------------------------- claims
@@ -145,21 +152,21 @@ def scores_of(cells: list[Cell], test: str) -> dict[int, dict[str, float]]:
 def difference(better: list[Cell], than: list[Cell], test: str) -> dict[str, Any] | None:
     """`better` minus `than`, paired by question: over the seeds that both have; an arm that was
     not trained is the same for every seed. None where an arm has no result."""
-    ours, theirs = scores_of(better, test), scores_of(than, test)
-    if not (ours and theirs):
+    of_better, of_than = scores_of(better, test), scores_of(than, test)
+    if not (of_better and of_than):
         return None
     if than[0].arm.method:
-        theirs = dict.fromkeys(ours, theirs[0])
-    seeds = sorted(ours.keys() & theirs.keys())
+        of_than = dict.fromkeys(of_better, of_than[0])
+    seeds = sorted(of_better.keys() & of_than.keys())
     questions = sorted(set.intersection(
-        *(set(arm[seed]) for arm in (ours, theirs) for seed in seeds)))
-    a, b = (np.array([[arm[seed][question] for question in questions] for seed in seeds])
-            for arm in (theirs, ours))
-    low, high = paired_interval(a.mean(0), b.mean(0))
-    by_seed = (b - a).mean(1).tolist()
-    return {"n": len(questions), "difference": float((b - a).mean()), "low": low, "high": high,
-            "by_seed": by_seed, "over_seeds": seeds_interval(by_seed),
-            "by_hops": hops_means((b - a).mean(0), questions, better, test)}
+        *(set(scores[seed]) for scores in (of_better, of_than) for seed in seeds)))
+    ours, base = (np.array([[scores[seed][question] for question in questions] for seed in seeds])
+                  for scores in (of_better, of_than))  # (seeds, questions)
+    low, high = paired_interval(base.mean(0), ours.mean(0))
+    by_seed = (ours - base).mean(1).tolist()
+    return {"n": len(questions), "difference": float((ours - base).mean()), "low": low,
+            "high": high, "by_seed": by_seed, "over_seeds": seeds_interval(by_seed),
+            "by_hops": hops_means((ours - base).mean(0), questions, better, test)}
 
 
 def seeds_interval(values: list[float]) -> tuple[float, float] | None:
@@ -180,7 +187,8 @@ def hops_means(values: np.ndarray, questions: list[str], cells: list[Cell],
 
 
 def verdict(rule: str, interval: tuple[float, float], margin: float) -> str:
-    """What the interval of a difference says of a claim, by the rule fixed beforehand."""
+    """What the interval of a difference says of a claim, by the rule fixed beforehand. "But lower":
+    not worse by the margin, yet the whole interval is below 0."""
     (low, high), bound = interval, {"higher": 0.0, "not worse": -margin}[rule]
     found = "agrees" if low > bound else "disagrees" if high < bound else "can't tell"
     return f"{found}, but lower" if rule == "not worse" and bound < low and high < 0 else found
@@ -224,18 +232,27 @@ def claim_row(claim: dict[str, Any], by_arm: Arms, margin: float) -> list[str]:
 
 
 def yardstick(by_arm: Arms) -> str:
-    """How far two seeds of the first arm, the method itself, lie apart."""
+    """How far the seeds of the first arm, the method itself, lie apart."""
     cells = next(iter(by_arm.values()))
-    means = [statistics.fmean(scores.values()) for scores in scores_of(cells, "clean").values()]
-    if len(means) < 2:
+    scores = list(scores_of(cells, "clean").values())
+    if len(scores) < 2:
         return ""
-    return (f"A yardstick for rows of one seed: two seeds of {cells[0].arm.name} itself lie up to "
-            f"{max(means) - min(means):.1f} points apart.")
+    questions = sorted(set.intersection(*map(set, scores)))
+    by_hops = np.array([hops_means(np.array([of[question] for question in questions]), questions,
+                                   cells, "clean") for of in scores])  # (seeds, hops)
+    means = [statistics.fmean(of.values()) for of in scores]
+    return (f"A yardstick for rows of one seed: {len(scores)} seeds of {cells[0].arm.name} itself "
+            f"span {max(means) - min(means):.1f} points, and "
+            f"{', '.join(f'{span:.1f}' for span in np.ptp(by_hops, axis=0))} by hops. A difference "
+            "of that order shows nothing, and a somewhat larger one may still be chance.")
 
 
-def caveats(table: dict[str, Any]) -> str:
-    return "\n".join(f"- {claim['says']}: {claim['but']}" for claim in table["claims"]
-                     if "but" in claim)
+def caveats(table: dict[str, Any], ours: bool) -> str:
+    """What the claims' rows don't show. ours: with what was seen in the runs that are kept here."""
+    said = [(claim["says"], claim.get("but", ""), claim.get("seen", "") if ours else "")
+            for claim in table["claims"]]
+    return "\n".join(f"- {says}: {' '.join(filter(None, texts))}" for says, *texts in said
+                     if any(texts))
 
 
 # ---------------------------------------------------------------- exercises
@@ -243,50 +260,56 @@ def caveats(table: dict[str, Any]) -> str:
 
 def exercises_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
     """The parts of exercises.md. An exercise compares an arm with the first one, the method."""
-    return ["# Exercises", EXERCISES_NOTE,
-            "\n".join(f"{number}. {exercise(row, by_arm, readings=out.resolve() == HERE)}"
+    claims = os.path.relpath(HERE / "README.md", out)
+    return ["# Exercises", EXERCISES_NOTE.format(claims=claims),
+            "\n".join(f"{number}. {exercise(row, by_arm, ours=out.resolve() == HERE)}"
                       for number, row in enumerate(table["exercises"], 1))]
 
 
 EXERCISES_NOTE = """\
-Each is one more run, from the root of the repository, after `make demo`: 7 to 20 minutes on two \
-cores at 0.9 TFLOP/s (`run.py` says first how long the training takes on yours). What every arm is \
-compared with, your demo's own policy and warm start, is tested once, in minutes:
+Each is one more run, from the root of the repository, after `make demo`: on two cores at 0.9 \
+TFLOP/s 7 to 21 minutes of training (`run.py` says first how long it takes on yours), then one or \
+two tests. What every arm is compared with, your demo's own policy and warm start, is tested once, \
+in minutes:
 
 ```bash
 .venv/bin/python results/paper/run.py zerosearch before-rl --seeds 0 --out runs/mine
 ```
 
-(Not with the runs that are kept here: on another kind of CPU your simulator and your warm start \
-have other digits than ours.) Write down what you expect, before you look at [the claims]\
-(README.md). Then run the arm; `.venv/bin/python results/paper/page.py --out runs/mine` writes \
-these pages about your runs. `.venv/bin/python evaluate.py show runs/mine/ARM-0 --step 15 --limit \
-64` prints the trajectories of the last training step, and each run's folder has metrics.jsonl and \
-eval.jsonl. An answer is two figures and a reason; how far the seeds of zerosearch differ (see the \
-claims) tells how large a difference must be."""
+(Don't compare with our runs: on another kind of CPU your simulator and warm start have slightly \
+different weights. Delete runs/mine when you make the demo anew.) Write down what you expect, \
+before you look at [the claims]({claims}). Then run the arm; `.venv/bin/python \
+results/paper/page.py --out runs/mine` writes these pages about your runs. `.venv/bin/python \
+evaluate.py show runs/mine/ARM-0 --step 15 --limit 64` prints the trajectories of the last \
+training step, and each run's folder has metrics.jsonl and eval.jsonl. Answer with the two \
+numbers that you compared, and why they differ. How far seeds differ (see the claims) tells which \
+differences are too small to explain."""
+
+METRICS = re.compile(r"`((?:reward|search|eval|loss|noise|tokens)(?:/\w+)+)`")
 
 
-def exercise(row: dict[str, str], by_arm: Arms, readings: bool) -> str:
+def exercise(row: dict[str, str], by_arm: Arms, ours: bool) -> str:
     """A question, its command, what to compare, and what the runs show: of seeds that the arm and
-    the method share. readings: with our reading, which is of the runs that are kept here."""
+    the method share. ours: with our reading, which is of the runs that are kept here."""
     arm, method = by_arm[row["arm"]], next(iter(by_arm.values()))
     seeds = {cell.seed for cell in arm if cell.kept("clean.jsonl").exists()}
     shared = [cell for cell in method if cell.seed in seeds] or method
-    beside = by_arm[row["beside"]] if "beside" in row else []
-    names = re.findall(r"`(\w+(?:/\w+)+)`", row["look"])
-    shown = "<br>".join(tests_line(cells) + courses(cells, names)
-                        for cells in (arm, beside, shared) if cells)
-    if readings and "reading" in row:
+    others = [by_arm[row["beside"]]] if "beside" in row else []
+    metrics = METRICS.findall(row["look"])
+    shown = "<br>".join(tests_line(cells) + courses(cells, metrics)
+                        for cells in (arm, *others, shared))
+    if ours and "reading" in row:
         shown += f"<br>Our reading: {row['reading']}"
-    names = " ".join(name for name in (row["arm"], row.get("beside")) if name)
-    return (f"**{row['asks']}** `.venv/bin/python results/paper/run.py {names} --seeds 0 --out "
+    to_run = " ".join(cells[0].arm.name for cells in (arm, *others))
+    return (f"**{row['asks']}** `.venv/bin/python results/paper/run.py {to_run} --seeds 0 --out "
             f"runs/mine`<br>Compare: {row['look']}"
             f"<details><summary>What the runs show</summary>{shown}</details>")
 
 
 def tests_line(cells: list[Cell]) -> str:
     """What the tests of an arm's kept runs show: EM and searches by number of hops."""
-    arm, (clean, noisy) = cells[0].arm, (tested_rows(cells, test) for test in ("clean", "noisy"))
+    arm = cells[0].arm
+    clean, noisy = (tested_rows(cells, test) for test in ("clean", "noisy"))
     if not clean:
         return f"{arm.name} has not been run yet"
     hops = sorted({row["hops"] for row in clean})
@@ -353,22 +376,24 @@ def arms_table(by_arm: Arms) -> str:
 
 def noisy_note(by_arm: Arms) -> str:
     """A sentence on what the noisy test can show: do policies ask again, and what if they don't?"""
-    more, pairs, hops = 0, 0, {}
+    pairs, changed, hops = 0, 0, {}
     for cells in by_arm.values():
+        if cells[0].arm.method not in (None, "agent"):  # as RAG: one search, whatever it finds
+            continue
         noisy = {(row["sample"], row["id"]): row for row in tested_rows(cells, "noisy")}
         for row in tested_rows(cells, "clean"):
             if other := noisy.get((row["sample"], row["id"])):
-                pairs, more = pairs + 1, more + (other["searches"] > row["searches"])
+                pairs, changed = pairs + 1, changed + (other["searches"] != row["searches"])
                 hops[row["id"]] = row["hops"]
     if not pairs:
         return ""
-    reached = 100 * statistics.fmean(0.5**n for n in hops.values())
+    expected = 100 * statistics.fmean(0.5**n for n in hops.values())
     return (f"Most facts stand in one document, so about half of the searches miss. Asking again "
             f"would help, for the next search is drawn anew; but of {pairs:,} pairs of a question "
-            f"with the clean and with the noisy engine, {more} got more searches with the second. "
-            f"A policy that makes the right searches, each once, reaches some {reached:.0f} % (a "
-            "half of the questions of one hop, a quarter of two, an eighth of three), and this is "
-            "about the most to be seen in this column.")
+            f"with the clean and with the noisy engine, {changed} differ in the number of "
+            "searches. A policy that makes the right searches, each once, can expect "
+            f"{expected:.1f} %: a half of the questions of one hop, a quarter of two, an eighth of "
+            "three. All arms meet the same noise.")
 
 
 def standstills(by_arm: Arms) -> str:
