@@ -3,6 +3,7 @@
 #   results/demo/run.sh         everything, into runs/demo; the report in runs/demo/report.md
 #   results/demo/run.sh quick   the same stages on less, in minutes, into runs/demo-quick
 #   results/demo/run.sh seeds   after the demo: RL and its test with seeds 1 and 2; the report anew
+#   results/demo/run.sh starts  after the demo: warm starts with seeds 1 and 2, and RL from each (starts.md)
 #   results/demo/run.sh more    after the demo: imitation of all trajectories instead of RL, and its test
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -54,13 +55,13 @@ probe() {
         --simulator-max-tokens 160 --generator "$GENERATOR" --out "$OUT/simulator/probe.json"
 }
 
-warmup() { # TRAJECTORIES NAME
+warmup() { # TRAJECTORIES NAME [SEED]
     $PY train_rl.py warmup "$OUT/$1" --top-k 3 --max-searches 3 \
-        --observation-tokens 200 --batch-tokens 1536 --out "$OUT/$2" --lr 1e-4 --batch-size 2 --seed "$SEED" --overwrite
+        --observation-tokens 200 --batch-tokens 1536 --out "$OUT/$2" --lr 1e-4 --batch-size 2 --seed "${3:-$SEED}" --overwrite
 }
 
-policy() { # NAME SEED; on the questions that the simulator was tuned on: it knows no other facts
-    $PY train_rl.py train --data "$OUT/trajectories/predictions.jsonl" --model "$OUT/warmup/model" \
+policy() { # NAME SEED [START]; on the questions that the simulator was tuned on: it knows no other facts
+    $PY train_rl.py train --data "$OUT/trajectories/predictions.jsonl" --model "$OUT/${3:-warmup}/model" \
         --out "$OUT/$1" --simulator "$OUT/simulator/model" --simulator-max-tokens 160 \
         --algorithm grpo --lr 1e-5 --warmup-ratio 0.125 --kl-coef 0 --temperature 0.7 --p-end 0.2 \
         --steps $STEPS --prompts-per-step $PROMPTS --rollouts $ROLLOUTS --batch-tokens 1536 \
@@ -105,6 +106,13 @@ if [ "${1:-}" = seeds ]; then
         stage "test, seed $seed" test_policy "policy-$seed" "after-rl-$seed"
     done
     report
+    exit
+fi
+if [ "${1:-}" = starts ]; then
+    for seed in 1 2; do
+        stage "warm-up, seed $seed" warmup trajectories-warmup/predictions.jsonl "start-$seed" "$seed"
+        stage "policy from it" policy "start-$seed-policy" "$SEED" "start-$seed"
+    done
     exit
 fi
 if [ "${1:-}" = more ]; then

@@ -56,7 +56,8 @@ def main(out: Out = HERE) -> None:
 def claims_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
     """The parts of README.md."""
     ours = out.resolve() == HERE
-    arms, noisy = (os.path.relpath(HERE / name, out) for name in ("arms.toml", "noisy.py"))
+    arms, noisy, starts = (os.path.relpath(HERE / name, out)
+                           for name in ("arms.toml", "noisy.py", "../demo/starts.md"))
     return [
         "# The paper in miniature",
         "The claims of the paper, run again on the demo's world with a model of 135M. "
@@ -79,7 +80,8 @@ def claims_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
         "- Model sizes: the policy and the simulator are SmolLM2-135M.\n"
         "- Google: the real engine is BM25 over 3,129 passages, and misses little of what is "
         "asked for.\n- Seven benchmarks: all questions are of the demo's world.\n"
-        "- Other starts: one warm start and one simulator serve all arms and seeds.",
+        "- Other starts: one warm start and one simulator serve all arms and seeds, and warm "
+        f"starts differ much ([starts.md]({starts})).",
     ]
 
 
@@ -268,9 +270,9 @@ def exercises_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
 
 EXERCISES_NOTE = """\
 Each is one more run, from the root of the repository, after `make demo`: on two cores at 0.9 \
-TFLOP/s 7 to 21 minutes of training (`run.py` says first how long it takes on yours), then one or \
-two tests. What every arm is compared with, your demo's own policy and warm start, is tested once, \
-in minutes:
+TFLOP/s 7 to 21 minutes of training (`run.py` says first how long it takes on yours; in float32, \
+as on most laptops, four times as long), then one or two tests. What every arm is compared with, \
+your demo's own policy and warm start, is tested once, in minutes:
 
 ```bash
 .venv/bin/python results/paper/run.py zerosearch before-rl --seeds 0 --out runs/mine
