@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 
 import click
@@ -146,3 +147,11 @@ def test_the_headline_is_that_of_the_report():
     real, simulated = (re.search(rf"^\| {arm} \|[^|]*\| 3 of 3 \| ([\d.]+) \(", page, re.M)[1]
                        for arm in ("search-r1", "zerosearch"))
     assert f"({real} against {simulated}, three seeds each)" in " ".join(README.split())
+
+
+def test_the_page_of_warm_starts_is_of_its_files():
+    script = ROOT / "results/demo/starts.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout == script.with_suffix(".md").read_text(encoding="utf-8")
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| bfloat16", "| float"))]
+    assert len(rows) >= 3 and all(line.count("|") == 7 for line in rows)
