@@ -33,9 +33,10 @@ The simulator, tuned in float32 as well, hardly differs. The answer to a last qu
 {probe[useful/final]:.0%} of its useful outputs (bfloat16: {kept[useful/final]:.0%}), and in
 {probe[noisy/final]:.0%} of its noisy ones ({kept[noisy/final]:.0%}).
 
-So the gain that the demo shows is that of its start. Where the start plans three searches already,
-RL has less to add; where it plans too many or too few, RL mends that. Three starts are no
-distribution: `results/demo/run.sh starts`, after `make demo`, makes two more and RL runs from them
+So the gain that the demo shows is that of its start. Where the start plans three searches
+already, RL has less to add; where it plans one search too few for questions of two hops, RL mends
+that first (the runs in float32 were stopped after 4 steps). Three starts are no distribution:
+`results/demo/run.sh starts`, after `make demo`, makes two more and RL runs from them
 (runs/demo/start-1-policy, start-2-policy). Their eval.jsonl go into results/demo/starts/, named
 after arithmetic and seed."""
 
