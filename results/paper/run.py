@@ -177,7 +177,7 @@ def estimate(left: list[Cell], steps: int) -> str:
     """A sentence on how long the training of these cells takes on this machine: as many times the
     demo's own seconds, at today's rate, as the arm took of the demo's where both are kept.
 
-    (Rates alone mislead: at a seventh of the rate, without bfloat16, a step takes thrice as long.)
+    (Rates alone mislead: at a seventh of the rate, in float32, a step takes four times as long.)
     """
     rate = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     kept: dict[str, list[float]] = {}
