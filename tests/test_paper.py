@@ -36,6 +36,7 @@ better = "zero"
 than = "direct"
 rule = "higher"
 but = "of seeds"
+seen = "Ours differ."
 paper = ["table5_algorithms/avg/REINFORCE", "table5_algorithms/avg/GRPO"]
 [[claims]]
 says = "zero is not worse"
@@ -45,7 +46,9 @@ rule = "not worse"
 [[exercises]]
 asks = "Does it?"
 arm = "real"
+beside = "direct"
 look = "`reward/mean`"
+reading = "It does."
 """
 
 
@@ -240,8 +243,9 @@ def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
             "settings": {"engine": "simulator"}, "commit": "abcdef123",
             "hardware": {"device": "cpu", "name": "x", "count": 2}})
         write_jsonl(out / cell / "metrics.jsonl", [
-            {"step": i, "reward/mean": reward, "cost/searches": 30, "time/step": 10.0,
-             "rate/update_tflops": 0.2 * i, "rate/mfu": 0.5 * i}  # in step 0 nothing was trained
+            {"step": i, "reward/mean": reward, "search/noisy": 0.25, "cost/searches": 30,
+             "time/step": 10.0,  # in step 0 nothing was trained
+             "rate/update_tflops": 0.2 * i, "rate/mfu": 0.5 * i}
             for i, reward in enumerate(rewards)])
     pages, names = [], ("README.md", "exercises.md", "curves.png")
     for _ in range(2):
@@ -260,11 +264,13 @@ def test_the_page_is_of_the_files_and_always_the_same(paper, tmp_path):
     (arm,) = [line for line in lines if line.startswith("| zero |")]
     # means of two seeds: EM, the first and the last step's rewards, 60 searches at $275/30,000
     assert "| 2 of 2 | 90.0 (" in arm
-    assert "| 100.0, 80.0 | - | 1.00 | - | 0.30 → 0.90 | $0.55 |" in arm
+    assert "| 100.0, 80.0 | - | 1.00 | 25.0 | 0.30 → 0.90 | $0.55 |" in arm
     assert "2 seeds of zero itself span 20.0 points, and 20.0 by hops" in pages[0][0].decode()
     lines_of = pages[0][1].decode().splitlines()
     (exercise,) = [line for line in lines_of if line.startswith("1. **Does it?** `.venv/bin/pyth")]
-    assert ("real has not been run yet<br>zero, seeds 0, 1: EM 90 with 1 hops, in 1.0 searches, "
+    assert "results/paper/run.py real direct --seeds 0 --out runs/mine`" in exercise
+    assert ("real has not been run yet<br>direct, seed 0: EM 10 with 1 hops, in 1.0 searches<br>"
+            "zero, seeds 0, 1: EM 90 with 1 hops, in 1.0 searches, "
             "reward/mean 0.3 → 0.9") in exercise
     assert any("abcdef1" in line and "0.40 to 0.40 TFLOP/s" in line for line in lines)
 
@@ -275,12 +281,24 @@ def test_an_exercise_compares_runs_of_the_same_seeds(paper, tmp_path):
     command(paper["page"], "--out", tmp_path)
     said = (tmp_path / "exercises.md").read_text(encoding="utf-8")
     assert "real, seed 0: EM 70 with 1 hops" in said and "zero, seed 0: EM 100 with" in said
-    assert "Our reading" not in said  # it is of other runs
+
+
+def test_what_was_seen_in_our_runs_stands_on_our_page_alone(paper, tmp_path, monkeypatch):
+    seen = {"README.md": ("- zero is better: of seeds Ours differ.", "RA-Agent and Search-o1:"),
+            "exercises.md": ("<br>Our reading: It does.</details>",)}
+    for ours in (False, True):
+        monkeypatch.setattr(paper["page"], "HERE", tmp_path if ours else FOLDER)
+        command(paper["page"], "--out", tmp_path)
+        for name, texts in seen.items():
+            page = (tmp_path / name).read_text(encoding="utf-8")
+            assert all((text in page) == ours for text in texts)
 
 
 def test_the_page_says_whether_noise_makes_policies_ask_again(paper, tmp_path):
     keep(tmp_path, "zero-0", range(10))
     keep(tmp_path, "zero-0", range(5), test="noisy")
+    for test in ("clean", "noisy"):  # no agent: it can't ask again
+        keep(tmp_path, "direct-0", range(1), test=test)
     rows = read_lines(tmp_path / "zero-0/noisy.jsonl")
     write_jsonl(tmp_path / "zero-0/noisy.jsonl", [rows[0] | {"searches": 2}, *rows[1:]])
     command(paper["page"], "--out", tmp_path)

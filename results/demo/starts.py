@@ -30,8 +30,8 @@ before RL and after steps of it. RL has the demo's settings and seed 0.
 {table}
 
 The simulator, tuned in float32 as well, hardly differs. The answer to a last query is in
-{probe[useful/final]:.0%} of its useful outputs (bfloat16: {kept[useful/final]:.0%}), and in
-{probe[noisy/final]:.0%} of its noisy ones ({kept[noisy/final]:.0%}).
+{probe[useful/final]} of its useful outputs (bfloat16: {kept[useful/final]}), and in
+{probe[noisy/final]} of its noisy ones ({kept[noisy/final]}).
 
 So the gain that the demo shows is that of its start. Where the start plans three searches
 already, RL has less to add; where it plans one search too few for questions of two hops, RL mends
@@ -53,7 +53,7 @@ def main() -> None:
                          str(line["step"]), f"{line['eval/reward']:.3f}", *by_hops])
     header = ["arithmetic", "seed of the start", "steps of RL", "held-out reward",
               "with 1, 2, 3 hops", "searches with 1, 2, 3 hops"]
-    probes = {name: {kind: held["share"] for kind, held in json.loads(
+    probes = {name: {kind: f"{100 * held['share']:.0f} %" for kind, held in json.loads(
         path.read_text(encoding="utf-8"))["holds_answer"].items()} for name, path in (
             ("kept", HERE / "probe.json"), ("probe", HERE / "starts/float32-probe.json"))}
     print(TEXT.format(n=line["eval/n"], table=markdown_table(header, rows), **probes))
