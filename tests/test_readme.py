@@ -153,5 +153,17 @@ def test_the_page_of_warm_starts_is_of_its_files():
     script = ROOT / "results/demo/starts.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert done.stdout == script.with_suffix(".md").read_text(encoding="utf-8")
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("| bfloat16", "| float"))]
-    assert len(rows) >= 3 and all(line.count("|") == 7 for line in rows)
+    held_out, tests = ([line.split(" | ") for line in part.splitlines()
+                        if line.startswith(("| bfloat16", "| float32"))]
+                       for part in done.stdout.split("\nEM of the 300"))
+    logs = sorted((ROOT / "results/demo/starts").glob("*-[0-9].jsonl"))
+    assert len(held_out) == 1 + len(logs) >= 3
+    for row, log in zip(held_out[1:], logs):
+        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        assert f", {last['eval/reward']:.3f} (0, " in row[2]
+        assert row[2].endswith(f", {last['step']})")
+    all_hops, *by_hops = tests[0][2:]  # the demo's, as the README has them
+    assert all_hops == "77.3 to 90.7: +13.3 (+9.1 to +17.8)"
+    assert "RL adds +13.3 points (+9.1 to +17.8)" in README
+    assert [cell.split(":")[0] for cell in by_hops] == ["96.7 to 100.0", "94.2 to 94.2",
+                                                      "5.0 to 65.0"]

@@ -3,7 +3,7 @@
 #   results/demo/run.sh         everything, into runs/demo; the report in runs/demo/report.md
 #   results/demo/run.sh quick   the same stages on less, in minutes, into runs/demo-quick
 #   results/demo/run.sh seeds   after the demo: RL and its test with seeds 1 and 2; the report anew
-#   results/demo/run.sh starts  after the demo: warm starts with seeds 1 and 2, and RL from each (starts.md)
+#   results/demo/run.sh starts  after the demo: warm starts with seeds 1 and 2, RL from each, tests (starts.md)
 #   results/demo/run.sh more    after the demo: imitation of all trajectories instead of RL, and its test
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -77,9 +77,14 @@ test_set() { # looked at once
     test_policy policy after-rl
 }
 
-test_policy() { # POLICY NAME
+test_policy() { # POLICY NAME [BEFORE]
     $PY evaluate.py run --model "$OUT/$1/model" $TEST --out "$OUT/$2"
-    $PY evaluate.py compare "$OUT/before-rl" "$OUT/$2"
+    $PY evaluate.py compare "$OUT/${3:-before-rl}" "$OUT/$2"
+}
+
+test_start() { # SEED: before and after RL
+    $PY evaluate.py run --model "$OUT/start-$1/model" $TEST --out "$OUT/start-$1-before"
+    test_policy "start-$1-policy" "start-$1-after" "start-$1-before"
 }
 
 more_imitation() { # also of the questions that RL asks
@@ -112,6 +117,7 @@ if [ "${1:-}" = starts ]; then
     for seed in 1 2; do
         stage "warm-up, seed $seed" warmup trajectories-warmup/predictions.jsonl "start-$seed" "$seed"
         stage "policy from it" policy "start-$seed-policy" "$SEED" "start-$seed"
+        stage "its test" test_start "$seed"
     done
     exit
 fi

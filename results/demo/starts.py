@@ -2,19 +2,26 @@
 
     .venv/bin/python results/demo/starts.py > results/demo/starts.md
 
-A file of starts/ is the eval.jsonl of an RL run from that start; the first row, of the demo itself,
-is in eval.jsonl beside this file.
+starts/ARITHMETIC-SEED.jsonl is the eval.jsonl of an RL run from that start, -before.jsonl and
+-after.jsonl are the test before and after it. The demo's own are those of the miniature.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
+# first: here `evaluate` is chapter 3, not the package
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import evaluate
 from plumbing.cli import markdown_table
 from plumbing.files import read_jsonl
+from plumbing.intervals import paired_interval
 
 HERE = Path(__file__).resolve().parent
+STARTS, PAPER = HERE / "starts", HERE.parent / "paper"
+HOPS = (1, 2, 3)
 
 TEXT = """\
 # The warm start is a matter of luck
@@ -24,39 +31,81 @@ TEXT = """\
 How many searches the warm start plans hangs on one word that it writes ("I need 2 searches"), and
 the word hangs on the seed of the imitation (the order of its 319 trajectories) and on the
 arithmetic. The demo's is bfloat16; a CPU without AVX-512, as in most laptops, takes float32.
-Held-out reward and searches of the same {n:.0f} questions of dev, greedy, with the real engine,
-before RL and after steps of it. RL has the demo's settings and seed 0.
+RL has the demo's settings and seed 0 in all rows.
 
-{table}
+Held-out reward and searches, of the same {n:.0f} questions of dev, greedy, with the real engine:
+
+{held_out}
+
+EM of the 300 test questions, in percent, before and after RL, and the difference in points, paired
+by question, with its 95 % interval:
+
+{test}
 
 The simulator, tuned in float32 as well, hardly differs. The answer to a last query is in
 {probe[useful/final]} of its useful outputs (bfloat16: {kept[useful/final]}), and in
 {probe[noisy/final]} of its noisy ones ({kept[noisy/final]}).
-
-So the gain that the demo shows is that of its start. Where the start plans three searches
-already, RL has less to add; where it plans one search too few for questions of two hops, RL mends
-that first (the runs in float32 were stopped after 4 steps). Three starts are no distribution:
-`results/demo/run.sh starts`, after `make demo`, makes two more and RL runs from them
-(runs/demo/start-1-policy, start-2-policy). Their eval.jsonl go into results/demo/starts/, named
-after arithmetic and seed."""
+"""
 
 
 def main() -> None:
-    files = [HERE / "eval.jsonl", *sorted((HERE / "starts").glob("*.jsonl"))]
-    rows = []
-    for file in files:
-        arithmetic, _, seed = file.stem.rpartition("-")
-        for line in read_jsonl(file):
-            by_hops = (", ".join(f"{line[f'eval/{name}/hops_{hops}']:.2f}" for hops in (1, 2, 3))
-                       for name in ("reward", "searches"))
-            rows.append([arithmetic or "bfloat16 (the demo)", seed if arithmetic else "0",
-                         str(line["step"]), f"{line['eval/reward']:.3f}", *by_hops])
-    header = ["arithmetic", "seed of the start", "steps of RL", "held-out reward",
-              "with 1, 2, 3 hops", "searches with 1, 2, 3 hops"]
+    demo = {"arithmetic": "bfloat16 (the demo)", "seed": "0", "log": HERE / "eval.jsonl",
+            "before": PAPER / "before-rl-0/clean.jsonl",
+            "after": PAPER / "zerosearch-0/clean.jsonl"}
+    starts = [demo]
+    for path in sorted(STARTS.glob("*-[0-9].jsonl")):
+        arithmetic, _, seed = path.stem.rpartition("-")
+        starts.append({"arithmetic": arithmetic, "seed": seed, "log": path,
+                       "before": path.with_name(f"{path.stem}-before.jsonl"),
+                       "after": path.with_name(f"{path.stem}-after.jsonl")})
     probes = {name: {kind: f"{100 * held['share']:.0f} %" for kind, held in json.loads(
         path.read_text(encoding="utf-8"))["holds_answer"].items()} for name, path in (
-            ("kept", HERE / "probe.json"), ("probe", HERE / "starts/float32-probe.json"))}
-    print(TEXT.format(n=line["eval/n"], table=markdown_table(header, rows), **probes))
+            ("kept", HERE / "probe.json"), ("probe", STARTS / "float32-probe.json"))}
+    print(TEXT.format(n=read_jsonl(HERE / "eval.jsonl")[0]["eval/n"],
+                      held_out=held_out_table(starts), test=test_table(starts), **probes), end="")
+
+
+def held_out_table(starts: list[dict]) -> str:
+    """A row a start: mean reward at each evaluation; by hops before RL and at the last one."""
+    rows = []
+    for start in starts:
+        log = read_jsonl(start["log"])
+        rewards = ", ".join(f"{line['eval/reward']:.3f}" for line in log)
+        steps = ", ".join(str(line["step"]) for line in log)
+        rows.append([start["arithmetic"], start["seed"], f"{rewards} ({steps})",
+                     by_hops(log[0], "reward"), by_hops(log[-1], "reward"),
+                     by_hops(log[0], "searches"), by_hops(log[-1], "searches")])
+    header = ["arithmetic", "seed of the start", "reward (after so many steps of RL)",
+              "with 1, 2, 3 hops before", "at the end", "searches before", "at the end"]
+    return markdown_table(header, rows)
+
+
+def by_hops(line: dict, name: str) -> str:
+    return ", ".join(f"{line[f'eval/{name}/hops_{hops}']:.2f}" for hops in HOPS)
+
+
+def test_table(starts: list[dict]) -> str:
+    """A row a start whose tests are kept: EM before and after, and the paired differences."""
+    rows = []
+    for start in starts:
+        if not (start["before"].exists() and start["after"].exists()):
+            continue
+        before, after = (read_jsonl(start[name]) for name in ("before", "after"))
+        cells = [difference(before, after, hops) for hops in (HOPS, *((n,) for n in HOPS))]
+        rows.append([start["arithmetic"], start["seed"], *cells])
+    header = ["arithmetic", "seed of the start", "all", *(f"{n} hop{'s' * (n > 1)}" for n in HOPS)]
+    return markdown_table(header, rows)
+
+
+def difference(before: list[dict], after: list[dict], hops: tuple[int, ...]) -> str:
+    """EM before and after, and the difference with its interval: of questions with these hops."""
+    of_before, of_after = (evaluate.question_scores([row for row in rows if row["hops"] in hops])
+                           for rows in (before, after))
+    x, y = (np.array([of[name]["em"] for name in sorted(of_before)])
+            for of in (of_before, of_after))
+    low, high = paired_interval(x, y)
+    return (f"{x.mean():.1f} to {y.mean():.1f}: {y.mean() - x.mean():+.1f} "
+            f"({low:+.1f} to {high:+.1f})")
 
 
 if __name__ == "__main__":
