@@ -155,7 +155,7 @@ def test_the_page_of_warm_starts_is_of_its_files():
     assert done.stdout == script.with_suffix(".md").read_text(encoding="utf-8")
     held_out, tests = ([line.split(" | ") for line in part.splitlines()
                         if line.startswith(("| bfloat16", "| float32"))]
-                       for part in done.stdout.split("\nEM of the 300"))
+                       for part in done.stdout.split("\nExact match on the"))
     logs = sorted((ROOT / "results/demo/starts").glob("*-[0-9].jsonl"))
     assert len(held_out) == 1 + len(logs) >= 3
     for row, log in zip(held_out[1:], logs):
@@ -165,5 +165,9 @@ def test_the_page_of_warm_starts_is_of_its_files():
     all_hops, *by_hops = tests[0][2:]  # the demo's, as the README has them
     assert all_hops == "77.3 to 90.7: +13.3 (+9.1 to +17.8)"
     assert "RL adds +13.3 points (+9.1 to +17.8)" in README
+    other = next(row for row in tests if row[1] == "1")  # float32
+    whole, two = (cell.split(":")[0] for cell in (other[2], other[4]))
+    two = " to ".join(f"{float(share):.0f}" for share in two.split(" to "))
+    assert f"EM rose from {whole} %, two hops from {two}," in " ".join(README.split())
     assert [cell.split(":")[0] for cell in by_hops] == ["96.7 to 100.0", "94.2 to 94.2",
                                                       "5.0 to 65.0"]
