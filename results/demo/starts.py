@@ -71,23 +71,24 @@ in the arithmetic of your machine, with seeds 1 and 2, and runs RL and the tests
 
 
 def main() -> None:
-    starts = [{"arithmetic": "bfloat16 (the demo)", "seed": "0",
-               "log": read_jsonl(HERE / "eval.jsonl"),
-               "before": read_jsonl(PAPER / "before-rl-0/clean.jsonl"),
-               "after": read_jsonl(PAPER / "zerosearch-0/clean.jsonl")}]
+    named = {"demo": {"arithmetic": "bfloat16 (the demo)", "seed": "0",
+                      "log": read_jsonl(HERE / "eval.jsonl"),
+                      "before": read_jsonl(PAPER / "before-rl-0/clean.jsonl"),
+                      "after": read_jsonl(PAPER / "zerosearch-0/clean.jsonl")}}
     for path in sorted(STARTS.glob("*-[0-9].jsonl")):
         arithmetic, _, seed = path.stem.rpartition("-")
         tests = {name: read_jsonl(path.with_name(f"{path.stem}-{name}.jsonl"))
                  for name in ("before", "after")}
-        starts.append({"arithmetic": arithmetic, "seed": seed, "log": read_jsonl(path)} | tests)
+        named[path.stem] = {"arithmetic": arithmetic, "seed": seed, "log": read_jsonl(path)} | tests
+    starts, best, worst = list(named.values()), named["float32-0"], named["float32-1"]
     probes = {"bfloat16": HERE / "probe.json", "float32": STARTS / "float32-probe.json"}
     rewards = {name: [start["log"][at]["eval/reward"] for start in starts]
                for name, at in (("before", 0), ("after", -1))}
     print(TEXT.format(
         n=starts[0]["log"][0]["eval/n"], held_out=held_out_table(starts), test=test_table(starts),
         **{name: f"{min(values):.2f} to {max(values):.2f}" for name, values in rewards.items()},
-        **second_search(starts[2]["before"], starts[2]["after"]),
-        **{f"few_{name}": sum(row["hops"] == 2 and row["searches"] == 1 for row in starts[1][name])
+        **second_search(worst["before"], worst["after"]),
+        **{f"few_{name}": sum(row["hops"] == 2 and row["searches"] == 1 for row in best[name])
            for name in ("before", "after")},
         **{name: shares(path) for name, path in probes.items()}), end="")
 
