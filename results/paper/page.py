@@ -392,8 +392,8 @@ def noisy_note(by_arm: Arms) -> str:
     expected = 100 * statistics.fmean(0.5**n for n in hops.values())
     return (f"Most facts stand in one document, so about half of the searches miss. Asking again "
             f"would help, for the next search is drawn anew; but of {pairs:,} pairs of a question "
-            f"with the clean and with the noisy engine, {changed} differ in the number of "
-            "searches. A policy that makes the right searches, each once, can expect "
+            "with the clean and with the noisy engine, the number of searches differs in "
+            f"{changed}. A policy that makes the right searches, each once, can expect "
             f"{expected:.1f} %: a half of the questions of one hop, a quarter of two, an eighth of "
             "three. All arms meet the same noise.")
 
