@@ -270,7 +270,7 @@ def exercises_page(table: dict[str, Any], by_arm: Arms, out: Path) -> list[str]:
 
 EXERCISES_NOTE = """\
 Each is one more run, from the root of the repository, after `make demo`: on two cores at 0.9 \
-TFLOP/s 7 to 21 minutes of training (`run.py` says first how long it takes on yours; in float32, \
+TFLOP/s 7 to 29 minutes of training (`run.py` says first how long it takes on yours; in float32, \
 as on most laptops, four times as long), then one or two tests. What every arm is compared with, \
 your demo's own policy and warm start, is tested once, in minutes:
 
