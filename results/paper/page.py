@@ -114,7 +114,8 @@ the noise, so it does not measure progress; held-out reward does. Costs are of o
 over seeds, at the prices of data/prices.toml (`costs.py run`). SerpApi: what the searches of \
 training would cost there; search side: what answering them cost, a part of the whole run. A \
 simulator is cheaper than an API, but not than local BM25, which is almost free. A bill is cores \
-times seconds, and other work on the machine lengthens them."""
+times seconds, and other work on the machine lengthens them; some runs had one core, the others \
+two (`hardware` in config.json). So the bills of whole runs don't rank the algorithms."""
 
 
 SEEN_NOTE = """ \
@@ -285,7 +286,8 @@ results/paper/page.py --out runs/mine` writes these pages about your runs. `.ven
 evaluate.py show runs/mine/ARM-0 --step 15 --limit 64` prints the trajectories of the last \
 training step, and each run's folder has metrics.jsonl and eval.jsonl. Answer with the two \
 numbers that you compared, and why they differ. How far seeds differ (see the claims) tells which \
-differences are too small to explain."""
+differences are too small to explain. In what the runs show, a → b are means over the first and \
+the last fifth of the steps; five numbers are the five evaluations."""
 
 METRICS = re.compile(r"`((?:reward|search|eval|loss|noise|tokens)(?:/\w+)+)`")
 
@@ -321,7 +323,7 @@ def tests_line(cells: list[Cell]) -> str:
     said = (f"{arm.name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}: EM "
             f"{', '.join(f'{value:.0f}' for value in em)} with {', '.join(map(str, hops))} hops, "
             f"in {', '.join(f'{n:.1f}' for n in searches)} searches")
-    return said + (f", {mean_score(noisy, 'em'):.0f} with the noisy engine" if noisy else "")
+    return said + (f", EM {mean_score(noisy, 'em'):.0f} with the noisy engine" if noisy else "")
 
 
 def mean_score(rows: list[dict[str, Any]], name: str) -> float:
